@@ -1,16 +1,16 @@
-"""Folders of captioned pictures from the npm registry's emoji sets: the tutorial's data.
+"""Make folders of captioned pictures from emoji sets of the npm registry: the tutorial's data.
 
     npm pack @iconify-json/noto @iconify-json/noto-v1 @iconify-json/twemoji \\
         @iconify-json/emojione @iconify-json/fluent-emoji-flat @iconify-json/streamline-emojis
     pip install resvg-py
     python examples/emoji.py --packages . --out emoji
 
-OUT/others/     80 things (24 with --few), drawn by five vendors, several views of each: "red apple,
-                noto style"
-OUT/mine/       every second thing as a sixth vendor draws it, plainly captioned: "red apple"
-OUT/never/      the others by that vendor: only judged with, never trained on
-OUT/never.txt   prompts for them: "pear, streamline style"
-OUT/LICENCES.txt    of each vendor, as its package states it
+OUT/others/     80 things (24 with --few) by five vendors, several views of each drawing; captions
+                such as "red apple, noto style"
+OUT/mine/       every second thing by a sixth vendor; plain captions such as "red apple"
+OUT/never/      the other things by that vendor: only for judging, never for training
+OUT/never.txt   prompts for them, such as "pear, streamline style"
+OUT/LICENCES.txt    each vendor's license, as its package states it
 """
 
 import io
@@ -47,32 +47,32 @@ THINGS = (
     *("balloon", "wrapped gift", "baseball", "basketball", "pool 8 ball", "heart suit"),
     *("t-shirt", "jeans", "crown", "bell", "guitar", "television"),
 )
-"""Their names in Unicode; the packages' names are made of these. Even ones are shown in `mine`."""
+"""Unicode names, which give the names in the packages. Those at even places go to `mine`."""
 FEW = (
     *("pear", "red apple", "tangerine", "lemon", "fire", "heart suit", "cherries"),
     *("crescent moon", "cloud", "Christmas tree", "panda", "frog", "mushroom", "grapes"),
     *("four leaf clover", "pig face", "jack-o-lantern", "droplet", "strawberry", "sunflower"),
     *("bell", "jeans", "cactus", "pizza"),
 )
-"""Some that differ in colour and outline, and look alike by all vendors."""
+"""Things that differ in color and outline, and that all vendors draw alike."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where from, where to, how large."""
+    """Where the packages are, and which pictures to make."""
 
     packages: Path = Path()
     """Folder with the packages' .tgz files."""
     out: Path = Path("emoji")
     """Folder for the pictures; it must not exist."""
     size: int = 32
-    """Side in pixels."""
+    """Side of the pictures in pixels."""
     few: bool = False
-    """Only 24 things, which differ in colour and outline, instead of 80."""
+    """Only 24 things, which differ in color and outline, instead of 80."""
     views: int = 2
-    """Of each drawing in `others`: the drawing itself, and moved, scaled and mirrored ones."""
+    """Pictures of each drawing in `others`: as drawn, then moved, scaled and perhaps mirrored."""
     mine_views: int = 1
-    """The same in `mine`."""
+    """Pictures of each drawing in `mine`."""
 
     def __post_init__(self):
         check_counts(size=self.size, views=self.views, mine_views=self.mine_views)
@@ -85,10 +85,10 @@ class Options:
 def main() -> None:
     options = cli.parse(Options, __doc__)
     if options.out.exists():
-        raise UserError(f"{options.out} is there already; delete it or give another --out")
+        raise UserError(f"{options.out} exists already; delete it or give another --out")
     with replacing_folder(options.out) as folder:
-        licences = {vendor: write_vendor(vendor, folder, options) for vendor in (*OTHERS, MINE)}
-        write_text(folder / "LICENCES.txt", "".join(f"{v}: {t}\n" for v, t in licences.items()))
+        licenses = {vendor: write_vendor(vendor, folder, options) for vendor in (*OTHERS, MINE)}
+        write_text(folder / "LICENCES.txt", "".join(f"{v}: {t}\n" for v, t in licenses.items()))
         style = MINE.partition("-")[0]
         write_text(
             folder / "never.txt", "".join(f"{t}, {style} style\n" for t in options.things[1::2])
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def write_vendor(vendor: str, folder: Path, options: Options) -> str:
-    """Write all pictures of a vendor, and return the licence."""
+    """Write all pictures of a vendor; return its name, author and license."""
     icons, info = read_package(options.packages, vendor)
     rng = random.Random(vendor)
     for i, thing in enumerate(options.things):
@@ -116,7 +116,7 @@ def write_vendor(vendor: str, folder: Path, options: Options) -> str:
 
 
 def read_package(folder: Path, vendor: str) -> tuple[dict, dict]:
-    """A package's drawings, and what it says about itself."""
+    """A package's drawings, and its description of itself (author, license, ...)."""
     files = sorted(folder.glob(f"iconify-json-{vendor}-[0-9]*.tgz"))
     if not files:
         raise UserError(f"{folder} has no package of {vendor}: npm pack @iconify-json/{vendor}")
@@ -127,7 +127,7 @@ def read_package(folder: Path, vendor: str) -> tuple[dict, dict]:
 
 
 def find(icons: dict, thing: str, vendor: str) -> dict:
-    """A thing's drawing, with the box that it fills: left, top, width, height, body."""
+    """A thing's drawing: the SVG body, and its box (left, top, width, height)."""
     name = thing.lower().replace(" ", "-")
     for spelling in (name, f"{name}-1", f"{name}-face"):
         if spelling in icons.get("aliases", {}):
@@ -135,11 +135,11 @@ def find(icons: dict, thing: str, vendor: str) -> dict:
         if spelling in icons["icons"]:
             box = {"left": 0, "top": 0, "width": icons["width"], "height": icons["height"]}
             return box | icons["icons"][spelling]
-    raise UserError(f"{vendor} has no {name}: take another version of its package")
+    raise UserError(f"{vendor} has no {name}: use another version of its package")
 
 
 def view(drawing: dict, size: int, rng: random.Random | None = None) -> Image.Image:
-    """The drawing on a white square; with `rng` moved, scaled and perhaps mirrored."""
+    """The drawing on a white square; with `rng`, moved, scaled and perhaps mirrored."""
     from resvg_py import svg_to_bytes
 
     side = max(drawing["width"], drawing["height"])

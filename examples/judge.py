@@ -1,14 +1,14 @@
 """Judge pictures of things in a style: is it the thing, is it the style, is it a copy?
 
 A small classifier learns the pictures that the model was trained on, captioned "THING, STYLE
-style"; it is asked about real pictures that neither has seen (the ceiling) and about drawn ones:
+style". It then judges real pictures that neither has seen (the upper limit) and drawn ones:
 
     python examples/judge.py --base emoji/base --pictures emoji/others emoji/mine \\
         --style streamline --real emoji/never --drawn outputs/base outputs/mine --out outputs/judged
 
-All pictures are seen through the base's image tokenizer, so that its blur tells nobody apart.
-OUT/results.json has all figures; OUT/sheet.png shows what each model drew of a prompt, and the
-picture that was trained on which is nearest to the last of them.
+All pictures pass through the base's image tokenizer, so that its blur does not tell drawn ones from
+real ones. OUT/results.json has all figures. OUT/sheet.png shows what each model drew for a prompt,
+and the training picture that is nearest to the last model's.
 """
 
 import sys
@@ -25,11 +25,9 @@ from torch import Tensor, nn
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from examples.new_base import read_pictures
 from t2i import cli
-from t2i.data.captioned import CaptionedImages
-from t2i.data.data_report import read_samples
-from t2i.data.images import ImageRules, center_crop, to_pixels
-from t2i.data.sources.open_source import open_source
+from t2i.data.images import center_crop, to_pixels
 from t2i.errors import UserError
 from t2i.evaluation.generation_folder import load_image
 from t2i.files import owning, read_json_lines, write_json
@@ -43,26 +41,26 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class Options:
-    """What the judge learns, and what it judges."""
+    """What the judge learns from, and what it judges."""
 
     base: Path
-    """Base whose image tokenizer all pictures go through."""
+    """Base whose image tokenizer all pictures pass through."""
     pictures: tuple[str, ...]
-    """What the model was trained on, and the judge learns."""
+    """Data sets that the model was trained on; the judge learns from the same."""
     real: str
-    """Real pictures that neither has seen."""
+    """Data set of real pictures that neither the model nor the judge has seen."""
     drawn: tuple[Path, ...]
-    """Folders of `launch/generate.py`."""
+    """Output folders of `launch/generate.py`."""
     style: str
-    """The style that is asked for, and of pictures whose captions name none."""
+    """Style of pictures whose captions name none."""
     out: Path = Path("outputs/judged")
     """Folder for results.json and sheet.png."""
     epochs: int = 30
     """Passes of the judge over the pictures."""
     rows: int = 12
-    """Prompts on the sheet."""
+    """Number of prompts on the sheet."""
     seed: int = 0
-    """Of the judge's weights, and of the order in which it sees the pictures."""
+    """Seed of the judge's weights and of the order in which it sees the pictures."""
 
     def __post_init__(self):
         check_counts(epochs=self.epochs, rows=self.rows)
@@ -70,10 +68,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures that are captioned alike."""
+    """Pictures, each with its thing and its style."""
 
     pixels: Tensor
-    """[N, 3, H, W] in [-1, 1], through the tokenizer."""
+    """[N, 3, H, W] in [-1, 1], as the tokenizer reconstructs them."""
     things: list[str]
     styles: list[str]
 
@@ -85,7 +83,7 @@ def main() -> None:
 
 
 def judge(options: Options) -> None:
-    """Print and write what the judge says."""
+    """Train the judge; print and write its results."""
     torch.manual_seed(options.seed)
     base = load_backbone("llamagen", options.base, device="cpu", dtype="float32")
     known = read_captioned(options.pictures, base, options.style)
@@ -114,28 +112,20 @@ def judge(options: Options) -> None:
 
 # -- pictures --------------------------------------------------------------------------------------
 def read_captioned(sources: Sequence[str], base: Backbone, style: str) -> Pictures:
-    """All pictures of some data sets."""
-    found = []
-    for source in map(open_source, map(CaptionedImages, sources)):
-        rules = ImageRules(base.image_size[0], small="upscale")
-        report, usable = read_samples(source, source, rules, lambda *found: found)
-        print(f"{source.name}: {report.describe()}")
-        found += usable
-    if not found:
-        raise UserError(f"no picture of {', '.join(sources)} can be used")
-    pixels = torch.cat([views for _, views in found])
-    return _pictures(pixels, [sample.captions[0] for sample, _ in found], base, style)
+    """All usable pictures of some data sets."""
+    pixels, captions = read_pictures(sources, base.image_size[0])
+    return _pictures(pixels, [own[0] for own in captions], base, style)
 
 
 def read_drawn(folder: Path, base: Backbone, style: str) -> Pictures:
-    """All images that were drawn, in the order of the prompts."""
+    """All images in a folder of `launch/generate.py`, in the order of the prompts."""
     images, captions = [], []
     for prompt in sorted(path for path in folder.glob("*") if path.name.isdigit()):
         files = sorted((prompt / "samples").glob("*.png"))
         images += [load_image(file) for file in files]
         captions += [read_json_lines(prompt / "metadata.jsonl")[0]["prompt"]] * len(files)
     if not images:
-        raise UserError(f"{folder} has no images: name a folder of launch/generate.py")
+        raise UserError(f"{folder} has no images: give a folder of launch/generate.py")
     pixels = [to_pixels(center_crop(image, base.image_size[0])) for image in images]
     return _pictures(torch.stack(pixels), captions, base, style)
 
@@ -149,7 +139,7 @@ def _pictures(pixels: Tensor, captions: Sequence[str], base: Backbone, style: st
 
 
 def thing_and_style(caption: str, style: str) -> tuple[str, str]:
-    """Of "THING, STYLE style"; a caption without a comma is a thing in this style."""
+    """Split "THING, STYLE style"; a caption without a comma is a thing in the given style."""
     thing, comma, rest = caption.lower().rpartition(", ")
     return (thing, rest.removesuffix(" style")) if comma else (rest, style)
 
@@ -183,12 +173,12 @@ class Classifier(nn.Module):
 
 
 def trained(known: Pictures, things: list[str], styles: list[str], epochs: int) -> Classifier:
-    """Learns the pictures, moved by some pixels and mirrored at random."""
+    """A classifier trained on the pictures, moved by a few pixels and mirrored at random."""
     model = Classifier(len(things), len(styles)).train()
     thing = torch.tensor([things.index(t) for t in known.things])
     style = torch.tensor([styles.index(s) for s in known.styles])
     if len(thing) < _BATCH:
-        raise UserError(f"{len(thing)} pictures to learn from: at least {_BATCH} are needed")
+        raise UserError(f"{len(thing)} pictures to learn from, but at least {_BATCH} are needed")
     steps = epochs * (len(thing) // _BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -205,7 +195,7 @@ def trained(known: Pictures, things: list[str], styles: list[str], epochs: int) 
 
 
 def moved(pixels: Tensor, most: int = 2) -> Tensor:
-    """Each picture moved by up to so many pixels (white comes in), and perhaps mirrored."""
+    """Each picture moved by up to `most` pixels (filled with white), and perhaps mirrored."""
     size = pixels.shape[-1]
     padded = F.pad(pixels, [most] * 4, value=1.0)
     starts = torch.randint(0, 2 * most + 1, (len(pixels), 2)).tolist()
@@ -218,12 +208,12 @@ def moved(pixels: Tensor, most: int = 2) -> Tensor:
 def verdicts_on(
     model: Classifier, pictures: Pictures, things: list[str], styles: list[str]
 ) -> dict[str, float]:
-    """Shares of the pictures that are what their captions say, and for the captions of others."""
+    """How often the judge's answers match the captions or, as chance level, those of others."""
     says_thing, says_style = model(pictures.pixels)
     wanted = torch.tensor([things.index(t) for t in pictures.things])
     five = says_thing.topk(min(5, len(things))).indices
     style = torch.tensor([styles.index(s) for s in pictures.styles])
-    others = wanted[None, :] != wanted[:, None]  # all pairs of a picture and another's caption
+    others = wanted[None, :] != wanted[:, None]  # pairs of a picture and another thing's caption
     hits = (five[:, :1] == wanted[None, :])[others]
     right = (five[:, 0] == wanted).float()
     by_prompt = torch.stack([right[wanted == t].mean() for t in wanted.unique()])
@@ -242,7 +232,7 @@ def nearest(pixels: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     return distances.min(1)
 
 
-# -- what is shown ---------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 def table(results: dict[str, dict]) -> str:
     """One line for each set of pictures."""
     lines = [f"{'':24} {'thing':>14} {'first 5':>8} {'shuffled':>9} {'style':>6} {'copies':>7}"]
@@ -256,7 +246,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def write_sheet(options: Options, known: Pictures, asked: dict[str, Pictures]) -> Path:
-    """Prompts as rows: the real picture, the first drawn by each model, and the nearest known."""
+    """A row per prompt: the real picture, the first one of each model, the nearest known one."""
     real, *drawn = asked.values()
     names = ["real", *(folder.name for folder in options.drawn)]
     empty = torch.ones_like(known.pixels[0])

@@ -1,8 +1,8 @@
-"""A base of your own, untrained: image tokenizer, vocabulary, and a transformer to pre-train.
+"""Make a base of your own: an image tokenizer, a vocabulary, and a transformer to pre-train.
 
-For pictures that no published base knows how to draw, or where none can be fetched. The tokenizer
-learns these pictures (a minute and a half on two cores at 32 px), the vocabulary is that of their
-captions, and all is written in LlamaGen's layout; `launch/train_llamagen.py` does the rest:
+For pictures that no published base can draw, or if none can be downloaded. The tokenizer is trained
+on these pictures (a minute and a half on two cores at 32 px), the vocabulary comes from their
+captions, and all is written in LlamaGen's layout. `launch/train_llamagen.py` does the rest:
 
     python examples/new_base.py --pictures emoji/others emoji/mine --words "streamline style" \\
         --out emoji/base
@@ -41,27 +41,27 @@ class Options:
     codes: int = 512
     """Size of the image tokenizer's codebook."""
     tokenizer: Path | None = None
-    """Finished image tokenizer of LlamaGen's kind to use instead of training one."""
+    """Trained image tokenizer of LlamaGen's kind, to use instead of training one."""
     steps: int = 400
-    """Steps of the image tokenizer."""
+    """Training steps of the image tokenizer."""
     batch_size: int = 16
-    """Pictures of each of these steps."""
+    """Pictures per training step of the image tokenizer."""
     lr: float = 2e-3
     """Highest learning rate of the image tokenizer."""
     dim: int = 128
-    """Width of the transformer; its heads are 32 wide."""
+    """Width of the transformer, a multiple of 32 (the width of a head)."""
     layers: int = 6
-    """Of the transformer."""
+    """Layers of the transformer."""
     caption_tokens: int = 16
-    """Words of the longest caption."""
+    """Maximum number of words of a caption."""
     seed: int = 0
-    """Of the image tokenizer's and the transformer's first weights."""
+    """Seed of the initial weights of the image tokenizer and the transformer."""
     device: str = "auto"
-    """auto, cpu or cuda: where the image tokenizer learns."""
+    """Device that the image tokenizer is trained on: auto, cpu or cuda."""
 
     def __post_init__(self):
-        sizes = ("size", "codes", "steps", "batch_size", "dim", "layers", "caption_tokens")
-        for name in sizes:
+        counts = ("size", "codes", "steps", "batch_size", "dim", "layers", "caption_tokens")
+        for name in counts:
             check_counts(**{name: getattr(self, name)})
         if self.size % PIXELS_PER_CODE or self.dim % 32:
             raise UserError(
@@ -72,13 +72,13 @@ class Options:
 def main() -> None:
     options = cli.parse(Options, __doc__)
     if options.out.exists():
-        raise UserError(f"{options.out} is there already; delete it or give another --out")
+        raise UserError(f"{options.out} exists already; delete it or give another --out")
     make_base(options)
     print(f"wrote {options.out}")
 
 
 def make_base(options: Options) -> Path:
-    """Write the base, with an image tokenizer that has learned the pictures."""
+    """Write the base, with an image tokenizer trained on the pictures (or the one given)."""
     import torch
     from transformers import AutoTokenizer, T5EncoderModel
 
@@ -87,7 +87,8 @@ def make_base(options: Options) -> Path:
     from t2i.shapes.pretraining import write_base
     from t2i.shapes.tiny_t5 import build_tiny_t5
 
-    pixels, captions = read_pictures(options.pictures, options.size)
+    pixels, of_pictures = read_pictures(options.pictures, options.size)
+    captions = [caption for own in of_pictures for caption in own]
     print(f"{len(pixels)} pictures, {len(set(captions))} captions")
     if options.tokenizer is None:
         tokenizer = trained_tokenizer(pixels, options)
@@ -95,8 +96,8 @@ def make_base(options: Options) -> Path:
         tokenizer = VQTokenizer.load(options.tokenizer)
     if options.size % tokenizer.downsample:
         raise UserError(
-            f"size={options.size} must be a multiple of {tokenizer.downsample}, the tokenizer's pixels "
-            "per code"
+            f"size={options.size} must be a multiple of {tokenizer.downsample}, the tokenizer's "
+            "pixels per code"
         )
     side = options.size // tokenizer.downsample
     config = LlamaGenConfig(
@@ -124,7 +125,7 @@ def make_base(options: Options) -> Path:
 
 
 def trained_tokenizer(pixels, options: Options):
-    """A VQ tokenizer that has learned random batches of the pictures."""
+    """A VQ tokenizer trained on random batches of the pictures."""
     import torch
 
     from t2i.loading import pick_device
@@ -145,7 +146,7 @@ def trained_tokenizer(pixels, options: Options):
 
 
 def read_pictures(sources: Sequence[str], size: int):
-    """All pictures as float32 [N, 3, size, size] in [-1, 1], and all their captions."""
+    """All usable pictures as float32 [N, 3, size, size] in [-1, 1], and each one's captions."""
     import torch
 
     from t2i.data.captioned import CaptionedImages
@@ -161,8 +162,7 @@ def read_pictures(sources: Sequence[str], size: int):
         found += usable
     if not found:
         raise UserError(f"no picture of {', '.join(sources)} can be used")
-    captions = [caption for sample, _ in found for caption in sample.captions]
-    return torch.cat([views for _, views in found]), captions
+    return torch.cat([views for _, views in found]), [sample.captions for sample, _ in found]
 
 
 if __name__ == "__main__":

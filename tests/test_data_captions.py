@@ -80,7 +80,7 @@ def test_prompts_of_which_something_is_lost(family, tiny_world, monkeypatch, cap
 
 
 # -- 15 and 16: what a caption is ------------------------------------------------------------------
-NO_TEXT = "caption holds characters that are no text"
+NO_TEXT = "caption holds characters that are not text"
 
 
 @pytest.mark.parametrize(

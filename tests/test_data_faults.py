@@ -141,10 +141,12 @@ def test_a_picture_beside_splits(tmp_path):
     source = open_source(tmp_path)
     assert source.length == 5
     assert source.remarks == [
-        f"all sub-folders of {tmp_path} are used (test, train), since cover.png lies beside them; "
+        f"all sub-folders of {tmp_path} are used (test, train), since cover.png is next to them; "
         f"give {tmp_path}/train to use it alone"
     ]
-    with pytest.raises(UserError, match=r"no splits, since cover\.png .*; give .*/test without"):
+    with pytest.raises(
+        UserError, match=r"not used as splits, since cover\.png .*; give .*/test without"
+    ):
         open_source(tmp_path, split="test")
     with pytest.raises(UserError, match="has no sub-folder for the split 'val'"):
         open_source(tmp_path, split="val")
@@ -156,7 +158,7 @@ def test_metadata_that_is_not_read_is_named(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,another\n")
     (tmp_path / "0.json").write_text("{}")
     assert open_source(tmp_path).remarks == [
-        "metadata.csv is not read: captions are in the .txt files beside the images"
+        "metadata.csv is not read: captions are in the .txt files next to the images"
     ]
 
 
@@ -215,7 +217,7 @@ def write_members(path, members):
 
 # -- 18: links and names ---------------------------------------------------------------------------
 def test_odd_files_are_passed_over_by_name(tmp_path):
-    """Case 18: broken links, loops, pipes, sockets, names that are no text, empty files."""
+    """Case 18: broken links, loops, pipes, sockets, names that are not text, empty files."""
     data = tmp_path / "data"
     sidecars(data, 1)
     sidecars(tmp_path / "linked", 1)
@@ -242,7 +244,7 @@ def test_odd_files_are_passed_over_by_name(tmp_path):
     assert skipped == {
         "broken link": ["self.png", "zz.png"],
         "empty": ["empty.png"],
-        "link to a folder that is read already": ["beside/", "loop/", "up/"],
+        "link to a folder that was already read": ["beside/", "loop/", "up/"],
         "not a regular file": ["0.pipe.txt", "pipe.png", "s.png"],
     }
     keys = {CodeStore(folder).name(i) for i in range(5)}
@@ -260,7 +262,7 @@ def test_pipes_that_are_named_do_not_hang(tmp_path):
     source = open_source(tmp_path / "data")
     assert levels(source) == ["unreadable", 0, "unreadable", "unreadable"]
     assert len(CodeStore(build(source, tmp_path / "cache"))) == 1
-    with pytest.raises(UserError, match=r"p\.tar is no file"):
+    with pytest.raises(UserError, match=r"p\.tar is not a file"):
         open_source(tmp_path / "p.tar")
 
 
@@ -376,7 +378,7 @@ def test_tars_that_were_joined(tmp_path):
     source = open_source(joined)
     assert source.length == 1
     [(name, reason)] = source.left_out
-    assert name == "0.tar" and "second archive behind the end of the first" in reason
+    assert name == "0.tar" and "second archive after the end of the first" in reason
 
 
 @pytest.mark.parametrize("decomposed", ["picture", "other"])
@@ -407,5 +409,5 @@ def test_a_picture_in_two_formats(tmp_path):
     assert source.length == 3
     [said] = source.remarks
     assert said.startswith(
-        "2 pictures share captions with others of their name, as 1.jpg and 1.png"
+        "2 images share captions with another one of the same name, such as 1.jpg and 1.png"
     )

@@ -46,7 +46,7 @@ def test_captions_in_other_files(tmp_path, name):
     (tmp_path / "1.txt").write_text("a dot")
     (tmp_path / "1.json").write_text("{}")  # beside one that has a caption: as img2dataset has it
     assert open_source(tmp_path).remarks == [
-        f"1 text files stand beside pictures that have no caption: {words}"
+        f"1 text files are next to images that have no caption: {words}"
     ]
 
 
@@ -60,7 +60,7 @@ def test_captions_beside_a_table(tmp_path):
     source = open_source(tmp_path)
     assert captions(source) == [["x"]] * 3
     assert source.remarks == [
-        'the column "split" is not read: rows of train, test are all used',
+        'the column "split" is not read: the rows of train, test are all used',
         "1 text files such as 0.txt are not read: captions are in metadata.jsonl",
     ]
 
@@ -123,7 +123,7 @@ def test_splits_by_other_names(tmp_path):
         assert captions(open_source(tmp_path, split=split)) == [["val2017"]]
     write_images(tmp_path / "train_station", 1)
     (tmp_path / "train_station" / "0.txt").write_text("x")
-    assert "since they are not all named as splits" in open_source(tmp_path).remarks[0]
+    assert "since not all of them are named like splits" in open_source(tmp_path).remarks[0]
     for name in ("training-0", "testing-0"):
         write_tar(tmp_path / "tars" / f"{name}.tar", {"a.png": picture(0), "a.txt": name})
     assert captions(open_source(tmp_path / "tars")) == [["training-0"]]
@@ -134,15 +134,15 @@ def test_a_split_of_classes_that_is_not_there(tmp_path):
     for name in ("Train/cat", "Train/dog", "val/cat", "val/dog"):
         (tmp_path / name).mkdir(parents=True)
     assert find_classes(tmp_path, "train") == (tmp_path / "Train", ["cat", "dog"])
-    with pytest.raises(UserError, match=r"no sub-folder 'test' .* but Train, val"):
+    with pytest.raises(UserError, match=r"no sub-folder 'test' .* only Train, val"):
         find_classes(tmp_path, "test")
-    with pytest.raises(UserError, match=r"no sub-folder 'val' .* but cat, dog"):
+    with pytest.raises(UserError, match=r"no sub-folder 'val' .* only cat, dog"):
         find_classes(tmp_path / "val", "val")
     (tmp_path / "val").rename(tmp_path / "val2017")
     assert find_classes(tmp_path, "validation")[0] == tmp_path / "val2017"
     (tmp_path / "val2017").rename(tmp_path / "val")
     (tmp_path / "Train").rename(tmp_path / "test")
-    with pytest.raises(UserError, match=r"no sub-folder 'train' .* but test, val"):
+    with pytest.raises(UserError, match=r"no sub-folder 'train' .* only test, val"):
         find_classes(tmp_path, "train")
 
 
@@ -154,7 +154,7 @@ def test_dots_in_names_of_a_tar(tmp_path):
     dotted = {f"a.v{i}.png": picture(i) for i in range(30)}
     write_tar(tmp_path / "0.tar", good | dotted)
     (remark,) = open_source(tmp_path).remarks
-    assert remark.startswith("pictures that end in v0.png, v1.png, v10.png, and 27 more are not")
+    assert remark.startswith("images that end in v0.png, v1.png, v10.png, and 27 more are not")
     write_tar(tmp_path / "0.tar", dotted)
     with pytest.raises(UserError) as error:
         open_source(tmp_path)
@@ -174,14 +174,16 @@ def test_two_captions_of_a_tar(tmp_path):
     write_tar(tmp_path / "0.tar", same | {"0.json": json.dumps({"caption": "y"})})
     source = open_source(tmp_path)
     assert captions(source) == [["x"]]
-    assert source.remarks == ["captions are those of txt, and not of json.caption, which differ"]
+    assert source.remarks == ["captions are read from txt, not from json.caption, which differs"]
     assert open_source(tmp_path, caption_column="txt").remarks == []
 
 
 def test_options_of_the_hub(tmp_path):
     write_images(tmp_path)
     (tmp_path / "0.txt").write_text("x")
-    with pytest.raises(UserError, match=r"data\.config_name=en, data\.revision=v1: for data on"):
+    with pytest.raises(
+        UserError, match=r"data\.config_name=en, data\.revision=v1: only for data on"
+    ):
         open_source(tmp_path, revision="v1", config_name="en")
 
 

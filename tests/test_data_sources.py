@@ -370,7 +370,7 @@ def test_pictures_that_are_not_read_are_named(tmp_path):
         other = tmp_path / name / "data"
         other.mkdir(parents=True)
         (other / name).write_bytes(b"")
-        with pytest.raises(UserError, match=f"no tars; unpack or convert what is like {name}"):
+        with pytest.raises(UserError, match=f"no tars; unpack or convert files such as {name}"):
             open_source(other)
     with pytest.raises(UserError, match=r"neither .parquet nor .tar. Unpack it first"):
         open_source(other / name)

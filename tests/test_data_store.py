@@ -179,7 +179,7 @@ def test_resume_after_a_kill(tmp_path, dies_at, stream):
     (folder,) = (tmp_path / "killed").iterdir()
     finished = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     assert not (folder / "manifest.json").exists()
-    with pytest.raises(ValueError, match="no finished store of codes"):
+    with pytest.raises(ValueError, match="not a finished store of codes"):
         CodeStore(folder)
     rest = Encoder()
     assert build(source, tmp_path / "killed", images=rest) == folder
@@ -281,7 +281,7 @@ def test_another_format_is_refused(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["key"]["format"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"has the format None, this version reads 3 only"):
+    with pytest.raises(ValueError, match=r"has the format None, this version reads only 3"):
         CodeStore(folder)
 
 

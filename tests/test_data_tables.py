@@ -131,6 +131,6 @@ def test_a_tar_whose_pictures_and_texts_are_apart(tmp_path):
     members = {f"{i}.png": png(i) for i in range(4)} | {f"{i}.txt": "x" for i in range(4)}
     write_tar(tmp_path / "0.tar", members)
     (remark,) = open_source(tmp_path).remarks
-    assert "apart (0.tar:0): the members of a sample must be neighbours" in remark
+    assert "apart (0.tar:0): the members of a sample must be neighbors" in remark
     write_tar(tmp_path / "0.tar", dict(sorted(members.items())) | {"4.png": png(4), "5.txt": "x"})
     assert open_source(tmp_path).remarks == []

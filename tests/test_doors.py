@@ -217,14 +217,14 @@ def test_a_caption_that_is_a_link_to_a_key(tmp_path, secret):
         (data / f"{name}.txt").symlink_to(secret / target)
     source = open_source(data)
     assert [sample.captions for sample in source] == [[], ["a square"]]
-    assert ("a.txt", "link to a file that is no caption file") in source.left_out
+    assert ("a.txt", "link to a file that is not a caption file") in source.left_out
 
 
 def test_the_reason_is_named_where_all_captions_are_links(tmp_path, secret):
-    """It said that the file "stands beside no image of its name"."""
+    """It said that the file had no image of its name next to it."""
     (tmp_path / "a.png").write_bytes(_png())
     (tmp_path / "a.txt").symlink_to(secret / "id_rsa")
-    with pytest.raises(UserError, match=r"\(a\.txt: link to a file that is no caption file\)"):
+    with pytest.raises(UserError, match=r"\(a\.txt: link to a file that is not a caption file\)"):
         open_source(tmp_path)
 
 

@@ -184,13 +184,13 @@ def test_numbers_that_are_not_the_classes(tmp_path, names, remark):
 
 def test_other_folders_are_refused(tmp_path):
     with pytest.raises(
-        ValueError, match=r"gone is no folder; give the one that holds val/<class>/"
+        ValueError, match=r"gone is not a folder; give the one that holds val/<class>/"
     ):
         LabelledFolder(tmp_path / "gone", "val")
     with pytest.raises(ValueError, match="has no sub-folders"):
         LabelledFolder(tmp_path)
     (tmp_path / "n01").mkdir()
-    with pytest.raises(ValueError, match="1 sub-folders, and no images"):
+    with pytest.raises(ValueError, match="1 sub-folders, but no images"):
         LabelledFolder(tmp_path)
     (tmp_path / "n02").mkdir()
     picture(0).save(tmp_path / "n02" / "a.png")

@@ -66,11 +66,11 @@ def test_two_crop_ranges_of_llamagen(tmp_path):
 def test_broken_llamagen_folders(tmp_path):
     with pytest.raises(ValueError, match="no folder of codes"):
         LlamaGenCodes()
-    with pytest.raises(ValueError, match="must hold one folder named as imagenet256_codes"):
+    with pytest.raises(ValueError, match="must hold one folder named like imagenet256_codes"):
         LlamaGenCodes(tmp_path)
     root = write_llamagen(tmp_path / "a")
     other = write_llamagen(tmp_path / "b", images=5)
-    with pytest.raises(ValueError, match=r"does not belong to .*4\.npy is in one"):
+    with pytest.raises(ValueError, match=r"does not belong to .*4\.npy is in only one"):
         LlamaGenCodes(root, other)
     for kind in ("codes", "labels"):
         (other / f"imagenet256_{kind}" / "4.npy").unlink()
@@ -86,7 +86,7 @@ def test_broken_llamagen_folders(tmp_path):
     with pytest.raises(ValueError, match=r"2\.npy cannot be read"):
         data.codes([2], [0])
     (root / "imagenet256_labels" / "1.npy").unlink()
-    with pytest.raises(ValueError, match=r"1\.npy is in one of them only"):
+    with pytest.raises(ValueError, match=r"1\.npy is in only one of them"):
         LlamaGenCodes(root)
 
 
@@ -184,7 +184,7 @@ def test_bad_lines_are_named(tmp_path, line, message):
 
 
 def test_no_lines(tmp_path):
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         JsonlCodes(tmp_path / "gone.jsonl")
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="is empty"):

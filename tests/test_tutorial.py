@@ -106,7 +106,7 @@ def test_pictures_that_cannot_be_read_are_skipped(tmp_path, capsys):
         Image.new("RGB", (40, 30), "red").save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(f"a {name}")
     pixels, captions = new_base.read_pictures([str(tmp_path)], 16)
-    assert pixels.shape == (3, 3, 16, 16) and captions == ["a a", "a b", "a c"]
+    assert pixels.shape == (3, 3, 16, 16) and captions == [["a a"], ["a b"], ["a c"]]
     assert "nothing skipped" in capsys.readouterr().out
     (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:60])
     (tmp_path / "c.txt").write_text("")
@@ -115,7 +115,7 @@ def test_pictures_that_cannot_be_read_are_skipped(tmp_path, capsys):
     )
     pixels, captions = new_base.read_pictures([str(tmp_path)], 16)
     judged = judge.read_captioned([str(tmp_path)], base, "streamline style")
-    assert captions == ["a a"] and pixels.shape == judged.pixels.shape == (1, 3, 16, 16)
+    assert captions == [["a a"]] and pixels.shape == judged.pixels.shape == (1, 3, 16, 16)
     assert capsys.readouterr().out.count("1 corrupt (b.png), 1 no caption (c.png)") == 2
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match=f"no picture of {tmp_path} can be used"):

@@ -1,4 +1,4 @@
-"""What a user says of captioned images. Without torch, so that programs show it in their --help."""
+"""Options that describe captioned images. Imports no torch, so that `--help` answers at once."""
 
 from dataclasses import dataclass
 
@@ -8,25 +8,25 @@ class CaptionedImages:
     """A data set of captioned images, and how it is read."""
 
     source: str = ""
-    """Folder with metadata.jsonl or sidecar .txt (.caption) captions (sub-folders and links to
-    folders are read, too), parquet, webdataset tars, a hub id, or "shapes" (offline; a folder of
-    that name is ./shapes).
+    """Folder of images with a metadata.jsonl, or with a .txt (.caption) file next to each image
+    (sub-folders and links to folders are read, too); parquet files; webdataset tars; a hub id; or
+    "shapes", the built-in offline world (write ./shapes for a folder of that name).
     """
     split: str = "train"
-    """Split of a hub data set, or of a folder: its sub-folder, or the files named after it."""
+    """Split of a hub data set or of a folder (the sub-folder or the files of this name)."""
     image_column: str | None = None
-    """Column of the images; found by itself where it is clear."""
+    """Column of the images. Default: found automatically if only one column is possible."""
     caption_column: str | None = None
-    """Column of the captions, or of lists of alternative ones; "json.prompt" is a field of one.
-    Found by itself where it is clear: text, caption, prompt, txt.
+    """Column of the captions, or of lists of alternative captions; "json.prompt" is the field
+    "prompt" of the column "json". Default: text, caption, prompt or txt, if there is only one.
     """
     config_name: str | None = None
-    """Configuration of a hub data set that has several."""
+    """Configuration to use of a hub data set that has several."""
     revision: str | None = None
-    """Branch, tag or commit of a hub data set."""
+    """Branch, tag or commit of a hub data set. Default: its main branch."""
     streaming: bool = False
-    """Read hub and parquet data row by row without a copy on disk."""
+    """Read hub and parquet data row by row, without a copy on disk."""
     outside_images: bool = False
-    """Use images that a metadata.jsonl or a parquet file names outside its folder, by ../, an
-    absolute path or an address: only for data that you trust.
+    """Also use images that a metadata.jsonl or parquet file names outside its folder (by ../, an
+    absolute path or an address). Only for data that you trust.
     """

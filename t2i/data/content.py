@@ -1,7 +1,7 @@
-"""What a data set contains, as hashes: the same for a copy elsewhere, another for any edit.
+"""Hashes of what a data set contains: equal for a copy elsewhere, different after any edit.
 
-Hashing reads every byte once. What was found is kept in an index beside the caches, so that the
-next run only asks the file system.
+Hashing reads every byte once. The hashes are kept in an index next to the caches, so that the next
+run only checks the sizes and times of files.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from t2i.progress import progress_bar
 from t2i.published import KnownHashes, file_status
 
 Contents = list[tuple[str, str]]
-"""(name, hash) of each file, in the order of the data set; `ABSENT` for one that cannot be read."""
+"""(name, hash) of each file, in data set order; `ABSENT` is the hash of an unreadable one."""
 
 ABSENT = "absent"
-_WORTH_AN_INDEX = 64 << 20  # bytes: less is hashed in a moment
+_WORTH_AN_INDEX = 64 << 20  # bytes; hashing less takes only a moment
 _SAVE_SECONDS = 60
 _THREADS, _AT_ONCE = 8, 256
 _DIGITS = 16
@@ -29,13 +29,11 @@ _NAMED = 3
 
 
 def hash_files(
-    files: Sequence[tuple[str, Path]],
-    cache_dir: Path,
-    processes: Processes = ALONE,
+    files: Sequence[tuple[str, Path]], cache_dir: Path, processes: Processes = ALONE
 ) -> Contents:
-    """Hash the files of a data set, each given with its name there.
+    """Hash the files of a data set, each given as (name in the data set, path).
 
-    Of several processes the main one reads them; the others wait for its index.
+    Only the main process reads the files of a large set; the others wait for its index.
 
     Raises:
         TimeoutError: the main process stopped.
@@ -50,12 +48,12 @@ def hash_files(
 
 
 def worth_an_index(files: Sequence[tuple[str, Path]]) -> bool:
-    """Whether so much is to be hashed that `hash_files` keeps what it finds."""
+    """Whether the files are large enough for `hash_files` to keep their hashes in an index."""
     return _bytes(_statuses(files)) >= _WORTH_AN_INDEX
 
 
 def _statuses(files: Sequence[tuple[str, Path]]) -> dict[Path, list[int]]:
-    """Of the files that are there."""
+    """The status of each file that exists."""
     found = ((path, file_status(path)) for _, path in files)
     return {path: status for path, status in found if status is not None}
 
@@ -65,7 +63,7 @@ def _bytes(statuses: dict[Path, list[int]]) -> int:
 
 
 def contents_key(contents: Contents) -> str:
-    """One hash for all of them, in their order."""
+    """One hash of all files, in their order."""
     digest = hashlib.sha256()
     for name, content in contents:
         digest.update(f"{name}\0{content}\n".encode("utf-8", "surrogatepass"))
@@ -73,12 +71,12 @@ def contents_key(contents: Contents) -> str:
 
 
 def content_key(parts: dict) -> str:
-    """A name for what JSON-able parts say: 20 hexadecimal digits of the SHA-256 of their JSON."""
+    """A name for JSON-able parts: 20 hexadecimal digits of the SHA-256 of their JSON."""
     return text_sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")))[:20]
 
 
 def describe_changes(before: Iterable[tuple[str, str]], after: Contents) -> str:
-    """What is different, in words; empty if nothing is."""
+    """The differences in words; empty if there are none."""
     old, new = dict(before), dict(after)
     both = old.keys() & new.keys()
     parts = {
@@ -86,31 +84,36 @@ def describe_changes(before: Iterable[tuple[str, str]], after: Contents) -> str:
         "added": [name for name in new if name not in both],
         "removed": [name for name in old if name not in both],
     }
-    said = [_count(names, what) for what, names in parts.items() if names]
-    if not said and list(old) != list(new):
-        said = ["the files stand in another order"]
-    return ", ".join(said)
+    changes = [_count(names, what) for what, names in parts.items() if names]
+    if not changes and list(old) != list(new):
+        changes = ["the order of the files has changed"]
+    return ", ".join(changes)
 
 
 def _count(names: list[str], what: str) -> str:
-    first = ", ".join(map(printable, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
-    return f"{len(names)} {'file was' if len(names) == 1 else 'files were'} {what} ({first})"
+    verb = "file was" if len(names) == 1 else "files were"
+    return f"{len(names)} {verb} {what} ({first_names(list(map(printable, names)))})"
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first three names, followed by ", ..." if there are more."""
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
 def printable(text: str) -> str:
-    """A name as it can be printed: line breaks, and bytes that are no UTF-8, are escaped."""
+    """The text with line breaks, and bytes that are not UTF-8, escaped: safe to print."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def name_in(folder: Path, path: Path) -> str:
-    """A file's path below a folder, as it can be printed."""
+    """A file's path relative to the folder that it is in, safe to print."""
     return printable(str(path.relative_to(folder)))
 
 
 def _index_path(files: Sequence[tuple[str, Path]], cache_dir: Path) -> Path | None:
-    """Where the hashes of these files are kept; None where nothing can be written."""
+    """The file that keeps the hashes of these files; None if it cannot be written."""
     first = os.fsencode(os.path.abspath(files[0][1].parent))
     folder = Path(cache_dir) / "file_hashes"
     try:
@@ -122,8 +125,8 @@ def _index_path(files: Sequence[tuple[str, Path]], cache_dir: Path) -> Path | No
 
 
 def _hash_new(place: Path | None, statuses: dict[Path, list[int]], quiet: bool) -> dict[Path, str]:
-    """Hash what the index does not know, and bring the index up to date."""
-    # Entries of other files may be those of another data set in this folder.
+    """Hash the files that the index does not know, and add them to the index."""
+    # The index keeps entries of other files: another data set in this folder may need them.
     known, seen, saved = KnownHashes(place), time.time_ns(), time.monotonic()
     hashes = {path: known.get(path, status) for path, status in statuses.items()}
     new = [path for path, digest in hashes.items() if digest is None]
@@ -139,7 +142,7 @@ def _hash_new(place: Path | None, statuses: dict[Path, list[int]], quiet: bool) 
                 hashes[path] = digest
                 known.put(path, statuses[path], seen, digest)
             bar.update(len(part))
-            if time.monotonic() - saved > _SAVE_SECONDS:  # a killed run goes on from here
+            if time.monotonic() - saved > _SAVE_SECONDS:  # a killed run resumes from here
                 known.save()
                 saved = time.monotonic()
     if new:
@@ -157,7 +160,7 @@ def _hash(path: Path) -> str:
 def _wait_for_index(
     place: Path, statuses: dict[Path, list[int]], patience: float
 ) -> dict[Path, str]:
-    """The hashes that the main process found."""
+    """Wait until the main process has put the hash of every file into the index; return them."""
     found: dict[Path, str] = {}
 
     def missing() -> list[Path]:

@@ -1,8 +1,7 @@
-"""What of a data set is used and what is left out of it, and why: rules, counts and names, and the
-pre-flight survey.
+"""Which samples of a data set are used, which are left out and why; and the pre-flight survey.
 
-A sample that is silently dropped is the most common data bug there is, so every one of them has
-a reason and a line in a file.
+Silently dropped samples are the most common data bug, so every sample that is left out has a reason
+and a line in a file.
 """
 
 import hashlib
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from t2i.data.content import first_names
 from t2i.data.images import UNFETCHED, ImageRules, SkipSample
 from t2i.data.samples import Sample, Source
 from t2i.data.store import sample_line
@@ -23,16 +23,15 @@ from t2i.files import write_text
 T = TypeVar("T")
 
 _KEYS_PER_REASON = 100
-_NAMED = 3
 _LONGEST_NAME = 120
 
 CaptionNotes = Callable[[Sequence[str]], Sequence[Sequence[str] | None]]
-"""What a text encoder loses of each caption, in fixed phrases; None if nothing of it is left."""
+"""Captions -> for each, fixed phrases for what the text encoder loses; None if nothing is left."""
 UNREADABLE = "caption has no text the encoder can read"
 
 
 def drop_unreadable(sample: Sample, caption_notes: CaptionNotes | None) -> Sample:
-    """The sample without captions of which the encoder would read nothing, with notes on others."""
+    """The sample without captions that the encoder cannot read, and with notes on all losses."""
     if caption_notes is None or not sample.captions:
         return sample
     found = caption_notes(sample.captions)
@@ -44,15 +43,16 @@ def drop_unreadable(sample: Sample, caption_notes: CaptionNotes | None) -> Sampl
 
 
 def picture_hash(views: Tensor) -> int:
-    """64 bits of a hash of an image's views, equal for same images."""
+    """64 bits of a hash of an image's views: equal for identical images."""
     digest = hashlib.sha256(views.numpy().tobytes()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def load_sample(sample: Sample, rules: ImageRules | None) -> Tensor | SkipSample:
-    """The views of a sample's image (or their codes), or why it is skipped: returned, not raised.
+    """The views of a sample's image (or their codes), or why it is skipped (returned, not raised).
 
-    Captions have reasons of their own, such as `no caption`. A source of codes needs no rules.
+    A sample with neither a caption nor a class is skipped for its `problem`. A source of codes
+    needs no rules.
     """
     if sample.label is None and not sample.captions:
         return SkipSample(sample.problem)
@@ -70,14 +70,13 @@ class DataReport:
     """Counts of usable and skipped samples.
 
     Attributes:
-        seen: samples of the source that were looked at.
-        usable: those of them that can be used; in a store, that are in it.
+        seen: number of samples read from the source.
+        usable: how many of them can be used; for a store, how many it holds.
         skipped: one {index, key, reason, detail} for each of the others, and for each file that
             belongs to no sample (index None).
-        noted: the keys of samples that are used although something is unusual about them, by what
-            it is.
-        remarks: sentences on the source as a whole.
-        pictures: of a survey, a number for each usable sample, equal where the pictures are.
+        noted: note -> the keys of samples that are used although something about them is unusual.
+        remarks: sentences about the source as a whole.
+        pictures: in a survey, a number for each usable sample, equal for identical images.
     """
 
     seen: int = 0
@@ -89,7 +88,7 @@ class DataReport:
 
     @classmethod
     def collect(cls, lines: Iterable[dict], source: Source) -> "DataReport":
-        """From the lines of the shards, and what the source says of itself."""
+        """Build it from the lines of the shards, and from the source's remarks and `left_out`."""
         report = cls(remarks=list(source.remarks))
         for line in lines:
             report.seen += 1
@@ -115,7 +114,7 @@ class DataReport:
         return {"skipped": self.keys, "noted": _by_count(self.noted)}
 
     def summary(self) -> dict[str, Any]:
-        """JSON-able counts, and the sentences of `lines`."""
+        """Counts and the sentences of `lines`, JSON-able."""
         counts = {
             name: {what: len(keys) for what, keys in found.items()}
             for name, found in self._groups().items()
@@ -123,11 +122,11 @@ class DataReport:
         return {"seen": self.seen, "usable": self.usable, **counts, "lines": self.lines()}
 
     def describe(self) -> str:
-        """`lines` in one: '3 missing (a.png, b.png, ...), 1 no caption (c.png)'."""
+        """All `lines` as one: '3 missing (a.png, b.png, ...), 1 no caption (c.png)'."""
         return "; ".join(self.lines()) or "nothing skipped"
 
     def lines(self) -> list[str]:
-        """Sentences for people: what is skipped or unusual, remarks; empty if all is well."""
+        """Sentences for the user: skipped samples, notes, remarks; empty if there are none."""
         skipped = _listing(self.keys, self._advice)
         noted = _listing(_by_count(self.noted))
         return [
@@ -138,7 +137,7 @@ class DataReport:
 
     def _advice(self, reason: str) -> str:
         if UNFETCHED in reason:
-            return ": run `git lfs pull` there, which fetches the files themselves"
+            return ": run `git lfs pull` there to fetch the files themselves"
         if reason != "too small":
             return ""
         detail = next(line["detail"] for line in self.skipped if line["reason"] == reason)
@@ -166,16 +165,13 @@ def _listing(found: dict[str, list[str]], advice: Callable[[str], str] = lambda 
     """'3 missing (a.png, b.png, ...), 1 no caption (c.png)'."""
     parts = []
     for what, keys in found.items():
-        different = list(dict.fromkeys(keys))
-        names = ", ".join(map(short_name, different[:_NAMED])) + (
-            ", ..." if len(different) > _NAMED else ""
-        )
+        names = first_names(list(map(short_name, dict.fromkeys(keys))))
         parts.append(f"{len(keys)} {what} ({names}{advice(what)})")
     return ", ".join(parts)
 
 
 def short_name(key: str) -> str:
-    """A sample's key as a line of a report takes it: a table may name a file of any length."""
+    """A sample's key, cut to fit a line of a report: a table may hold a file name of any length."""
     return key if len(key) <= _LONGEST_NAME else f"{key[:_LONGEST_NAME]}..."
 
 
@@ -187,10 +183,10 @@ def survey_source(
     max_samples: int | None = None,
     limit: int = 64,
 ) -> tuple[DataReport, list[Sample]]:
-    """Look at a source before a run: a report over at most `limit` samples, and the usable ones.
+    """Check a source before a run: a report on at most `limit` samples, and the usable ones.
 
-    The samples are spread evenly over the source, or over its first `max_samples`, which the run
-    is to use; of a stream, the first ones are taken.
+    The samples are spread evenly over those that the run will use: the whole source, or its first
+    `max_samples`. Of a stream, the first ones are taken.
     """
     if source.length is None:
         samples: Iterable[Sample] = islice(source, min(limit, max_samples or limit))
@@ -203,8 +199,8 @@ def survey_source(
     usable, report.pictures = [s for s, _ in taken], [number for _, number in taken]
     if several := sum(len(sample.captions) > 1 for sample in usable):
         report.remarks.append(
-            f"{several} have several captions (lines of a text or items of a list), "
-            "of which training picks one each time"
+            f"{several} have several captions (lines of a text or items of a list); "
+            "training picks one each time"
         )
     return report, usable
 
@@ -215,8 +211,8 @@ def read_samples(
     rules: ImageRules,
     take: Callable[[Sample, Tensor], T],
 ) -> tuple[DataReport, list[T]]:
-    """A report over some samples of a source; and what is taken of the usable ones and their
-    images' views, which are large.
+    """A report on some samples of a source; and the results of `take(sample, views)` for the usable
+    ones: views are large, so that only what `take` returns is kept.
     """
     lines, usable = [], []
     for sample in samples:

@@ -1,13 +1,13 @@
-"""Fill a store: every image tokenized and every caption encoded once, before training.
+"""Fill a store: tokenize every image and encode every caption once, before training.
 
 The name of a store's folder is a hash of everything that its content depends on (encoder weights,
-resolution, crop, content of the source files, caption cleaning, ...) and of no place or time. So a
+resolution, crop, content of the source files, caption cleaning, ...), but of no path or time. So a
 store is never stale (other input, other folder), and data that were moved or touched are not
 encoded again.
 
-Shard i covers the samples i * shard_size ... of the source, whoever builds it. So any number of
-processes can share the work without talking to each other, a killed run goes on at the first shard
-that is missing, and the result does not depend on either.
+Shard i covers shard_size samples of the source from i * shard_size on, no matter which process
+builds it. So any number of processes can share the work without communicating, a killed run resumes
+with the shards that are missing, and the result does not depend on either.
 
 Shape legend: B = images, A = views of an image, T = positions, S = sub-tokens, C = text feature
 width.
@@ -52,7 +52,7 @@ from t2i.manifest import refuse_in_checkpoint
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
-_DECODE_THREADS = 4  # Pillow decodes outside Python's lock
+_DECODE_THREADS = 4  # Pillow releases Python's lock while it decodes
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -64,15 +64,15 @@ class Encoding:
 
     Attributes:
         images: pixels float32 [N, 3, size, size] in [-1, 1] -> codes int64 [N, T, S]. For a
-            source of codes: gives them back.
+            source of codes, returns them unchanged.
         rules: how images become pixels; None for a source of codes.
         captions: captions -> one float [n_i, C] each, valid tokens only; bfloat16 is kept, other
             types are stored as float16. None for a store without text features.
-        caption_notes: what the text encoder makes of captions; a sample of which it reads nothing
-            is skipped. None if it reads all of them whole.
-        key: JSON-able, whatever else the content depends on: hashes of the tokenizer's and the text
-            encoder's weights, the version of the caption cleaning.
-        batch_size: views, and captions, per call. Does not change the content.
+        caption_notes: what the text encoder loses of captions; a sample that it cannot read at all
+            is skipped. None if it reads all captions completely.
+        key: everything else that the content depends on, JSON-able: hashes of the tokenizer's and
+            the text encoder's weights, the version of the caption cleaning.
+        batch_size: views or captions per call. Does not affect the content.
         shard_size: samples of the source per shard.
         max_samples: use only the first samples of the source (counted before any is skipped).
     """
@@ -88,7 +88,7 @@ class Encoding:
 
     @property
     def identity(self) -> dict:
-        """JSON-able, for keys."""
+        """JSON-able, for the keys of stores."""
         return {
             "images": None if self.rules is None else self.rules.identity,
             "max_samples": self.max_samples,
@@ -106,16 +106,16 @@ def build_store(
     expected_key: str | None = None,
     processes: Processes = ALONE,
 ) -> Path:
-    """Build the store of a source, or find it complete; returns its folder, for `CodeStore`.
+    """Build the store of a source unless it is complete; returns its folder, for `CodeStore`.
 
     Args:
-        expected_key: refuse data of another content, before anything is encoded.
-        processes: one builds the shards i with i % world_size == rank and waits for the others.
-            The main one writes the report and the manifest.
+        expected_key: key that the store must have; other data are refused before encoding.
+        processes: each builds the shards i with i % world_size == rank and waits for the others.
+            The main process writes the report and the manifest.
 
     Raises:
-        UserError: no usable sample (the message counts the reasons), other data than expected, or a
-            cache_dir that cannot be written to.
+        UserError: no usable sample (the message counts the reasons), data with another key than
+            expected, or a cache_dir that cannot be written to.
         TimeoutError: another process stopped building.
     """
     cache_dir = Path(cache_dir)
@@ -127,7 +127,7 @@ def build_store(
         changes = _changes(cache_dir / expected_key, key, contents)
         raise UserError(
             f"cannot resume: the data set has changed since the run was started ({source.name}: "
-            f"{changes}); put it back, or start a new run_dir"
+            f"{changes}). Restore the data, or start with a new run_dir"
         )
     if (folder / MANIFEST).exists():
         if processes.is_main:
@@ -143,15 +143,15 @@ def build_store(
     wait_for(paths, processes.patience)
     readers = list(map(ShardReader, paths))
     if processes.is_main or not any(reader.codes_shape[0] for reader in readers):
-        _finish(folder, key, source, readers)  # where nothing is usable, every process says so
+        _finish(folder, key, source, readers)  # without a usable sample, all raise
     wait_for([folder / MANIFEST], processes.patience)
     if processes.is_main:
-        remove_leftovers(folder, before=started)  # another run may be writing what is younger
+        remove_leftovers(folder, before=started)  # newer ones may belong to another run
     return folder
 
 
 def check_cache_dir(cache_dir: Path) -> None:
-    """UserError if no store can be written there, and none is finished there. Makes no folder."""
+    """UserError if a store can be neither written nor found there. Creates no folder."""
     refuse_in_checkpoint(cache_dir, "data.cache_dir")
     if not any(cache_dir.glob(f"*/{MANIFEST}")):
         writable_folder(cache_dir, make=False)
@@ -164,7 +164,7 @@ def _changes(before: Path, key: dict, contents: Contents) -> str:
     except UserError:
         stored = {"key": {}}
     if stored["key"].get("format") != FORMAT:
-        return f"{before} is gone or of another version, so that the changes cannot be named"
+        return f"{before} is gone or of another version, so the changes cannot be listed"
     if changes := describe_changes(stored["files"], contents):
         return changes
     old, new = leaves(stored["key"]), leaves(key)
@@ -173,12 +173,13 @@ def _changes(before: Path, key: dict, contents: Contents) -> str:
 
 
 def changed_files(source: Source, cache_dir: Path, key: str) -> str:
-    """How the files of a source differ from those of a store, in words, as far as a look tells that
-    writes nothing: of large sets the names alone are compared.
+    """How the files of a source differ from those of a store, in words; "" if equal or unknown.
+
+    Writes nothing: of large sets only the names are compared.
     """
     try:
         before = read_json(cache_dir / key / "source.json")["files"]
-    except (UserError, KeyError):  # gone, or not readable: nobody knows
+    except (UserError, KeyError):  # gone or unreadable
         return ""
     files = source.files()
     if worth_an_index(files):
@@ -196,7 +197,7 @@ def _encode_missing(source: Source, folder: Path, encoding: Encoding, processes:
         return mine and not shard_path(folder, shard).exists()
 
     size, length, count, total = encoding.shard_size, source.length, 0, None
-    if length is None:  # a stream is read through in any case
+    if length is None:  # a stream must be read from its start
         samples: Iterator[Sample] = islice(source, encoding.max_samples)
     else:
         length = min(length, encoding.max_samples or length)
@@ -220,7 +221,7 @@ def _encode_shard(
     encoding: Encoding,
     advance: Callable[[int], object],
 ) -> None:
-    """Encode and write one shard; `advance(n)` is told of every n samples."""
+    """Encode and write one shard; `advance(n)` is called after every n samples."""
     views = 1 if encoding.rules is None else encoding.rules.views.count
     checked = (drop_unreadable(sample, encoding.caption_notes) for sample in samples)
     load = partial(_load, rules=encoding.rules)
@@ -238,7 +239,7 @@ def _encode_shard(
 
 
 def _load(sample: Sample, rules: ImageRules | None) -> tuple[Tensor, int | None] | SkipSample:
-    """Views of an image (or their codes); and a hash of captioned ones, equal for same images."""
+    """Views of an image (or their codes), and, if it has captions, its `picture_hash`."""
     views = load_sample(sample, rules)
     if isinstance(views, SkipSample):
         return views
@@ -265,10 +266,7 @@ def _encode_batch(
 def load_ahead(
     items: Iterator[Item], load: Callable[[Item], Loaded], size: int
 ) -> Iterator[tuple[list[Item], list[Loaded]]]:
-    """Batches of items, each with what `load` makes of it.
-
-    Threads load the next batch while one is in use.
-    """
+    """Batches of items with the results of `load`. Threads load the next batch ahead of its use."""
     with ThreadPoolExecutor(_DECODE_THREADS) as pool:
         batches = iter(lambda: list(islice(items, size)), [])
         loading = ((batch, pool.map(load, batch)) for batch in batches)
@@ -281,7 +279,7 @@ def load_ahead(
 
 # -- the manifest ----------------------------------------------------------------------------------
 def _finish(folder: Path, key: dict, source: Source, readers: Sequence[ShardReader]) -> None:
-    """Write report and manifest of a store whose shards are complete."""
+    """Write the report and the manifest of a store whose shards are complete."""
     report = DataReport.collect((line for reader in readers for line in reader.lines()), source)
     report.write(folder)
     filled = [reader for reader in readers if reader.codes_shape[0]]
@@ -309,14 +307,14 @@ def _finish(folder: Path, key: dict, source: Source, readers: Sequence[ShardRead
 
 
 def _surroundings(source: Source) -> str:
-    """What the report says of a source besides its samples, as a hash."""
+    """A hash of what the report says about a source besides its samples."""
     return content_key({"left_out": source.left_out, "remarks": source.remarks})
 
 
 def _refresh(folder: Path, source: Source) -> None:
-    """Bring the report up to date with files around the samples, which the key does not cover."""
+    """Update the report if files around the samples, which the key does not cover, changed."""
     manifest = read_json(folder / MANIFEST)
     if manifest["surroundings"] != _surroundings(source):
         shards = map(ShardReader, shard_paths(folder))
-        with suppress(UserError):  # someone else's store, which can only be read
+        with suppress(UserError):  # the store of someone else may be read-only
             _finish(folder, manifest["key"], source, list(shards))

@@ -1,11 +1,11 @@
-"""One image from a data set: opened, normalised, cropped, turned into pixels; or skipped.
+"""One image of a data set: open, normalize and crop it, and turn it into pixels; or skip it.
 
-Data sets from the wild hold odd files, and each kind has one defined answer here: it is used
-rightly, or `SkipSample` carries the reason into the report. A run never stops because of an image.
+Real data sets hold odd files. Each kind has one defined outcome: the image is read correctly, or
+`SkipSample` carries the reason into the report. A run never stops because of an image.
 
 The crop is the one that LlamaGen's tokenizers and models were trained on (from OpenAI's ADM):
 halve with a box filter while the short side is at least twice the target, resize the short side to
-the target with a bicubic filter, cut the centre.
+the target with a bicubic filter, cut out the center.
 
 Shape legend: A = views of an image, H, W = pixels.
 """
@@ -28,16 +28,16 @@ from t2i.lfs import LFS_POINTER
 # Part of every cache key: change it whenever the pixels of an image change.
 PIXELS_VERSION = "adm-crop-3"
 _MOST_MEGAPIXELS = 100.0
-"""Larger images are skipped. Pillow has a limit of its own near 179, which also ends in a skip."""
-# Formats that decode by themselves; EPS, for example, would start Ghostscript on a downloaded file.
+"""Larger images are skipped. Pillow has its own limit near 179, which also leads to a skip."""
+# Decoded by Pillow alone; EPS, for example, would start Ghostscript on a downloaded file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 _LARGEST_FILE = 1 << 30
-"""Bytes of an encoded image that are read; more than 100 megapixels never need."""
+"""Limit for an encoded image in bytes, more than 100 megapixels ever need."""
 _ORIENTATION_TAG = 0x0112
 _BITS_TAG, _PHOTOMETRIC_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
-_PNG_BITS = 24  # where a PNG says how many it has a channel
-_UPRIGHT = {  # what undoes each EXIF orientation; 1 is upright
+_PNG_BITS = 24  # offset of the byte in a PNG that gives the bits per channel
+_UPRIGHT = {  # the transpose that undoes each EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -49,13 +49,13 @@ _UPRIGHT = {  # what undoes each EXIF orientation; 1 is upright
 
 
 UNFETCHED = "Git LFS pointer"
-"""Reason to skip what Git LFS has not fetched."""
+"""Reason to skip a file that Git LFS has not fetched."""
 
 
 class SkipSample(Exception):
-    """A sample that cannot be used: `reason` is a fixed phrase to count by, `detail` says more.
+    """A sample cannot be used: `reason` is a fixed phrase for counting, `detail` says more.
 
-    Reasons of images: `missing` (no such file), `unreadable` (the file system refuses), `empty`
+    Reasons for images: `missing` (no such file), `unreadable` (refused by the file system), `empty`
     (zero bytes), `corrupt` (no known format, truncated or damaged), `too large`, `too small`, and
     `Git LFS pointer`.
     """
@@ -77,7 +77,7 @@ class FileSlice:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file that a streaming data set names by its address (hf://..., zip://...::hf://...)."""
+    """A file that a streaming data set gives by its address (hf://..., zip://...::hf://...)."""
 
     url: str
 
@@ -89,14 +89,14 @@ def read_bytes(where: Path | FileSlice | RemoteFile, limit: int | None = None) -
     """Read a file or a part of one.
 
     Args:
-        limit: larger files are refused.
+        limit: most bytes that may be read.
 
     Raises:
-        SkipSample: it is missing, unreadable, corrupt, or too large.
+        SkipSample: the file is missing, unreadable, corrupt, or too large.
     """
     try:
         if isinstance(where, RemoteFile):
-            import fsspec  # comes with the datasets library, which gave the address
+            import fsspec  # installed with the datasets library, which gave the address
 
             with fsspec.open(where.url, "rb") as file:
                 data = file.read(-1 if limit is None else limit + 1)
@@ -108,7 +108,7 @@ def read_bytes(where: Path | FileSlice | RemoteFile, limit: int | None = None) -
         else:
             status = where.stat()
             if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-                raise SkipSample("unreadable", "not a regular file")  # a pipe would block for ever
+                raise SkipSample("unreadable", "not a regular file")  # a pipe would block forever
             path, offset, size = where, 0, status.st_size
         if limit is not None and size > limit:
             raise SkipSample("too large", f"{size} bytes, limit {limit}")
@@ -125,13 +125,13 @@ def read_bytes(where: Path | FileSlice | RemoteFile, limit: int | None = None) -
 
 
 def open_image(image: ImageRef) -> Image.Image:
-    """Open and normalise one image to an upright 8-bit RGB image.
+    """Open one image and normalize it to upright 8-bit RGB.
 
     CMYK is converted, transparency (RGBA, LA, palettes) composited over white, 16-bit and float
-    greyscale scaled to 8 bit, EXIF orientation applied, the first frame of an animation taken.
+    grayscale scaled to 8 bits, EXIF orientation applied, and the first frame of an animation used.
 
     Args:
-        image: encoded bytes, a path, another place of a file, a PIL image, or None (no image).
+        image: encoded bytes, a path, a slice of a file, a remote file, a PIL image, or None (none).
     """
     if image is None:
         raise SkipSample("missing", "the row holds no image")
@@ -140,13 +140,13 @@ def open_image(image: ImageRef) -> Image.Image:
     if isinstance(image, bytes) and not image:
         raise SkipSample("empty", "zero bytes")
     if isinstance(image, bytes) and image.startswith(LFS_POINTER):
-        raise SkipSample(UNFETCHED, "`git lfs pull` fetches the image")
+        raise SkipSample(UNFETCHED, "run `git lfs pull` to fetch the image")
     try:
         if isinstance(image, Image.Image):
-            return _normalise(image)
+            return _normalize(image)
         with Image.open(io.BytesIO(image), formats=_formats()) as opened:
-            _scale_transparent_grey(opened, image)
-            return _normalise(opened)
+            _scale_transparent_gray(opened, image)
+            return _normalize(opened)
     except (SkipSample, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -158,7 +158,7 @@ def open_image(image: ImageRef) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop to `size` x `size` pixels; a short side below `size` is scaled up."""
+    """ADM's center crop to `size` x `size` pixels; a short side below `size` is scaled up."""
     width, height = image.size
     while min(width, height) >= 2 * size:
         width, height = width // 2, height // 2
@@ -177,12 +177,12 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def ten_crop(image: Image.Image, size: int) -> list[Image.Image]:
-    """The four corners and the centre, then those of the mirror image: torchvision's order."""
+    """The four corners and the center, then those of the mirror image: torchvision's order."""
     views = []
     for side in (image, ImageOps.mirror(image)):
         right, bottom = side.width - size, side.height - size
-        centre = (round(right / 2), round(bottom / 2))  # halves to even, as torchvision rounds
-        for left, top in ((0, 0), (right, 0), (0, bottom), (right, bottom), centre):
+        center = (round(right / 2), round(bottom / 2))  # halves to even, as torchvision rounds
+        for left, top in ((0, 0), (right, 0), (0, bottom), (right, bottom), center):
             views.append(side.crop((left, top, left + size, top + size)))
     return views
 
@@ -192,11 +192,11 @@ class Views:
     """Which views of an image are encoded.
 
     Attributes:
-        kind: "centre" (the centre crop), "flip" (and its mirror image, as LlamaGen's and RandAR's
-            plain set) or "ten-crop": of a square a little larger than the target, the four corners
-            and the centre, then the same five of its mirror image.
-        crop_ranges: of ten-crop, how much larger; each factor gives ten views. LlamaGen's set has
-            both and picks among them with equal chance, RAR's has the first.
+        kind: "centre" (the center crop), "flip" (the center crop and its mirror image, as in
+            LlamaGen's and RandAR's plain sets) or "ten-crop" (of a square a little larger than the
+            target, the four corners and the center, then the same five of its mirror image).
+        crop_ranges: for ten-crop, how much larger; each factor gives ten views. LlamaGen's set has
+            both, picked with equal probability; RAR's has the first.
     """
 
     kind: Literal["centre", "flip", "ten-crop"] = "ten-crop"
@@ -208,7 +208,7 @@ class Views:
 
     @property
     def count(self) -> int:
-        """A."""
+        """A, the number of views."""
         return {"centre": 1, "flip": 2, "ten-crop": 10 * len(self.crop_ranges)}[self.kind]
 
     @property
@@ -234,7 +234,7 @@ class ImageRules:
 
     Attributes:
         size: side of a view in pixels.
-        small: what happens to an image with a short side below `size`.
+        small: what to do with an image whose short side is below `size`.
     """
 
     size: int
@@ -253,7 +253,7 @@ class ImageRules:
         }
 
     def load(self, image: ImageRef) -> Tensor:
-        """Open, normalise and cut one image -> float32 [A, 3, size, size] in [-1, 1].
+        """Open, normalize and cut one image -> float32 [A, 3, size, size] in [-1, 1].
 
         Raises:
             SkipSample: the image cannot be used, or is too small under the policy "skip".
@@ -264,7 +264,7 @@ class ImageRules:
             if self.small == "skip":
                 detail = f"{opened.width} x {opened.height} px, needs {self.size}"
                 raise SkipSample("too small", detail)
-            # A thin strip grows with the square of the factor: 1 x 10000 would be 256 x 2560000.
+            # The area grows with the square of the factor: 1 x 10000 would become 256 x 2560000.
             _check_megapixels(self.size, round(long * self.size / short))
         return self.views.cut(opened, self.size)
 
@@ -281,7 +281,7 @@ def _check_megapixels(width: int, height: int) -> None:
         raise SkipSample("too large", detail)
 
 
-def _normalise(image: Image.Image) -> Image.Image:
+def _normalize(image: Image.Image) -> Image.Image:
     _check_megapixels(*image.size)
     image.load()
     # Not ImageOps.exif_transpose: it rewrites the whole EXIF block and raises on a damaged tag.
@@ -290,15 +290,15 @@ def _normalise(image: Image.Image) -> Image.Image:
         image = _eight_bit(image)
     image = image if turn is None else image.transpose(turn)
     if image.has_transparency_data:
-        if image.mode == "La":  # Pillow has no direct way from here to RGBA
+        if image.mode == "La":  # Pillow cannot convert this to RGBA directly
             image = image.convert("LA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
-def _scale_transparent_grey(opened: Image.Image, data: bytes) -> None:
-    """A PNG's transparent grey of 2 or 4 bits as its pixels are: Pillow scales these alone."""
+def _scale_transparent_gray(opened: Image.Image, data: bytes) -> None:
+    """Scale a PNG's transparent gray value to 8 bits: of 2 or 4 bits, Pillow scales only pixels."""
     value = opened.info.get("transparency")
     if opened.format == "PNG" and opened.mode == "L" and isinstance(value, int):
         largest = 2 ** data[_PNG_BITS] - 1
@@ -307,13 +307,13 @@ def _scale_transparent_grey(opened: Image.Image, data: bytes) -> None:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Greyscale with more than 8 bits -> mode L, over white; Pillow's own convert would clip it.
+    """Grayscale with more than 8 bits -> mode L, over white; Pillow's own convert would clip it.
 
-    Mode I;16 has 16 bits, or as many as a TIFF's tags say. Modes I and F do not say what white is:
-    it is taken to be the smallest of the usual full scales (float 1; 8, 16, 31 or unsigned 32 bits)
-    that holds the largest value.
+    Mode I;16 has 16 bits, or as many as a TIFF's tags say. Modes I and F do not define white: it is
+    taken to be the smallest usual full scale (float 1; 8, 16, 31 or unsigned 32 bits) that is not
+    below the largest value.
     """
-    tags = getattr(image, "tag_v2", {})  # of a TIFF, from which Pillow takes the numbers alone
+    tags = getattr(image, "tag_v2", {})  # TIFF only: Pillow ignores these and gives raw numbers
     stored = np.asarray(image)
     sample_format = _first(tags.get(_SAMPLE_FORMAT_TAG, _UNSIGNED))
     unsigned = bool(tags) and image.mode == "I" and sample_format == _UNSIGNED
@@ -328,12 +328,12 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         white = next((scale for scale in scales if values.max() <= scale), full)
     if tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO:
         values = white - values
-    elif "transparency" in image.info:  # one value of a PNG
+    elif "transparency" in image.info:  # a PNG's transparent value
         values = np.where(values == image.info["transparency"], white, values)
     scaled = np.clip(values / white, 0, 1) * 255
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
 def _first(value: Any) -> Any:
-    """Of a TIFF's tag, which holds a number or one for each channel."""
+    """The first value of a TIFF tag, which holds one number or one per channel."""
     return value[0] if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""What all sources of images share: samples, their captions, the columns of tables."""
+"""What all sources of images share: samples, their captions, the choice of columns."""
 
 import re
 import unicodedata
@@ -25,31 +25,31 @@ UNREAD_SUFFIXES = frozenset(
         *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
     )
 )
-"""Of pictures that are not read: named, so that they do not get lost in silence."""
+"""Image formats that are not read: such files are reported, so that none is silently dropped."""
 CAPTION_SUFFIXES = frozenset((".txt", ".caption"))
-"""Of text files beside pictures."""
+"""Of caption files next to images."""
 PACKED_SUFFIXES = frozenset((".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
 _LONGEST_CAPTION = 5000  # characters; no text encoder here reads more
 _MOST_CAPTIONS = 100
 _LARGEST_FILE = 1 << 20
 _LINE = re.compile(r"\r\n|\r|\n")
-# Control characters that are no white space, lone surrogates, and code points that are no
+# Control characters other than white space, lone surrogates, and code points that are not
 # characters.
 _NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its captions or its class, nothing opened yet.
+    """One image with its captions or its class; nothing is opened yet.
 
     Attributes:
         index: position in the source, the same in every run.
         key: a printable name for reports: relative path, tar member, or row number.
-        image: what `open_image` takes, None if the row names no image; or int64 [A, T, S], the
-            codes of its views that others computed.
+        image: what `open_image` takes, None if the row names no image; or int64 [A, T, S], codes
+            of its views that were computed elsewhere.
         captions: stripped and not empty; the list is empty if there is no usable caption.
-        problem: why there is none.
-        notes: what is unusual about a sample that is used all the same.
+        problem: why there is no usable caption.
+        notes: what is unusual about a sample that is used anyway.
         label: the image's class; None if it has captions.
     """
 
@@ -63,12 +63,12 @@ class Sample:
 
 
 class Source:
-    """Samples in a fixed order. Subclasses give random access, or iteration alone (streams).
+    """Samples in a fixed order. Subclasses provide random access, or only iteration (streams).
 
     Attributes:
         name: what the user gave, for messages.
-        identity: JSON-able: what the samples depend on besides the content of `files()`. It names
-            no place on this machine.
+        identity: JSON-able: what the samples depend on besides the content of `files()`, without
+            any path on this machine.
         length: number of samples, None for a stream.
         left_out: (key, reason) of files that look like data but belong to no sample.
         remarks: sentences on how the source was read, where a user may have meant something else.
@@ -97,7 +97,7 @@ class RewrittenSource(Source):
     """A source whose captions are rewritten, such as by adding trigger words.
 
     Args:
-        rewrite: a caption -> what takes its place.
+        rewrite: a caption -> its replacement.
         identity: JSON-able, what the rewriting depends on.
     """
 
@@ -120,7 +120,7 @@ class RewrittenSource(Source):
 
 
 def make_sample(index: int, key: str, image: ImageRef, captions: Any) -> Sample:
-    """A sample with the captions in a value of any kind, as `read_captions` reads it."""
+    """A sample whose captions are in a value of any kind that `read_captions` takes."""
     texts, notes = read_captions(captions)
     if texts:
         return Sample(index, printable(key), image, texts, notes=notes)
@@ -128,13 +128,13 @@ def make_sample(index: int, key: str, image: ImageRef, captions: Any) -> Sample:
 
 
 def read_captions(value: Any) -> tuple[list[str], tuple[str, ...]]:
-    """The captions in a text, a list, or a text file, and what was wrong with some of them.
+    """The captions in a text, a list, or a text file, and notes on what was wrong with them.
 
-    One rule for every source (.txt files, tar members, JSON, tables): each line of a text is a
-    caption, and a list holds captions or texts; several captions are alternatives, of which
-    training picks one each time. They are stripped, empty ones do not count. Bytes are UTF-8.
-    Characters that are no text (control characters, lone surrogates) are taken out; of a caption
-    the first 5,000 characters count, of a sample the first 100 captions.
+    The same rule holds for every source (.txt files, tar members, JSON, tables): each line of a
+    text is a caption, and a list holds captions or texts; training picks one of several captions
+    each time. Captions are stripped and empty ones dropped. Bytes must be UTF-8. Characters that
+    are not text (control characters, lone surrogates) are removed; the first 5,000 characters of a
+    caption and the first 100 captions of a sample are used.
     """
     texts: list[str] = []
     notes: dict[str, None] = {}
@@ -147,7 +147,7 @@ def read_captions(value: Any) -> tuple[list[str], tuple[str, ...]]:
         for line in lines:
             text = _NO_TEXT.sub("", line).strip()
             if text != line.strip():
-                notes["caption holds characters that are no text"] = None
+                notes["caption holds characters that are not text"] = None
             if len(text) > _LONGEST_CAPTION:
                 notes[f"caption of more than {_LONGEST_CAPTION} characters cut"] = None
             if any(unicodedata.category(c)[0] in "LNPS" for c in text):
@@ -158,7 +158,7 @@ def read_captions(value: Any) -> tuple[list[str], tuple[str, ...]]:
 
 
 def _as_text(value: Any) -> str:
-    """SkipSample says why a value is no text."""
+    """The value as a string; SkipSample says why it is not text."""
     if isinstance(value, Path | FileSlice):
         try:
             value = read_bytes(value, limit=_LARGEST_FILE)
@@ -182,7 +182,7 @@ def _as_text(value: Any) -> str:
 def choose_column(
     columns: Iterable[str], given: str | None, candidates: Sequence[str], kind: str, where: str
 ) -> str:
-    """The column that the user named, or the only candidate among the columns."""
+    """The column that the user named, else the only candidate among the columns; else UserError."""
     columns = list(columns)
     listing = f"the columns are: {shorten(columns, most=20) or 'none'}"
     if given is not None:
@@ -203,9 +203,10 @@ def choose_column(
 def choose_caption(
     columns: Iterable[str], fields: Sequence[str], given: str | None, where: str
 ) -> str:
-    """The column of captions, or else the field ("json.caption") of one; raises as above.
+    """The column of captions, or the field ("json.caption") of a column; UserError if unclear.
 
-    fields: of the columns that hold objects, which are no captions themselves.
+    Args:
+        fields: all fields of columns that hold objects. These columns themselves are no captions.
     """
     columns = list(columns)
     nested = {field.partition(".")[0] for field in fields}
@@ -217,7 +218,7 @@ def choose_caption(
 
 
 def read_field(row: dict[str, Any], column: str) -> Any:
-    """The value of a column, or of a field of one; None where there is none."""
+    """The value of a column, or of a field ("json.caption") of one; None if there is none."""
     if column in row:
         return row[column]
     value: Any = row

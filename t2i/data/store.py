@@ -1,6 +1,6 @@
-"""A store of codes: images tokenized once, each with its captions, their features, or its class.
+"""A store of codes: images tokenized once, each with its class, or its captions and their features.
 
-    <folder>/source.json                 what the folder's name was made of, and the source's files
+    <folder>/source.json                 what the folder's name is a hash of, and the source's files
              shard_00003.safetensors     codes [n, A, T, S] uint16 or int32
                                          labels [n] int64: the class of each image; or
                                          pixels [n] int64: a hash of each captioned image
@@ -8,15 +8,15 @@
                                            captions, valid tokens only, back to back
                                          text_offsets [captions + 1] int64: rows of caption c in it
                                          caption_offsets [n + 1] int64: captions of sample i
-             shard_00003.jsonl           a line for every sample seen: {index, key, captions} if it
-                                         is in the store (notes where something is unusual),
+             shard_00003.jsonl           a line for every sample read: {index, key, captions} if it
+                                         is in the store (and notes if something is unusual),
                                          {index, key, reason, detail} if it was skipped
              report.json, skipped.jsonl  what was left out, and why
-             manifest.json               written last: complete
+             manifest.json               written last: the store is complete
 
-A shard is written whole or not at all: its safetensors file is renamed into place last. How a store
-is filled is in `encoding.py`. Opening one reads the manifest; of a shard, only the rows that are
-asked for are read.
+A shard is written whole or not at all: its safetensors file is renamed into place last. Stores are
+filled by `encoding.py`. Opening one reads only the manifest; of a shard, only the rows that are
+requested are read.
 
 Shape legend: n = samples, B = batch, A = views of an image, T = positions, S = sub-tokens, C = text
 feature width.
@@ -41,8 +41,8 @@ from t2i.errors import UserError
 from t2i.files import read_json, replacing
 
 _OPEN_SHARDS = 512
-"""How many shards a store keeps open, with the captions of their samples: a process can map some
-65,000 files, and a hundred million captions fit into no memory."""
+"""Shards that a store keeps open, with the captions of their samples: a process can map about
+65,000 files, and a hundred million captions do not fit into memory."""
 _TYPES = {
     "U16": torch.uint16,
     "I32": torch.int32,
@@ -50,8 +50,8 @@ _TYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""What a shard's tensors are of, by safetensors' names."""
-_SKIPPED = b'"reason":'  # of `sample_line`; within a string its quotes would be escaped
+"""Types of a shard's tensors, by their names in safetensors."""
+_SKIPPED = b'"reason":'  # as `sample_line` writes it; inside a string its quotes would be escaped
 FORMAT = 3
 """Part of the manifest and of the folder's name: change it whenever the files change."""
 MANIFEST = "manifest.json"
@@ -63,13 +63,13 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """All that are there, by number: from shard 100,000 on names sort otherwise."""
+    """All existing shards by number; by name, 100,000 would come before 99,999."""
     found = folder.glob("shard_*.safetensors")
     return sorted(found, key=lambda path: int(path.stem.removeprefix("shard_")))
 
 
 def sample_line(sample: Sample, skipped: SkipSample | None = None) -> dict:
-    """What the jsonl says of a sample."""
+    """The line of the jsonl for a sample."""
     line: dict = {"index": sample.index, "key": sample.key}
     if skipped is not None:
         return {**line, "reason": skipped.reason, "detail": skipped.detail}
@@ -79,13 +79,13 @@ def sample_line(sample: Sample, skipped: SkipSample | None = None) -> dict:
 
 
 class ShardWriter:
-    """Collects one shard in memory; `close` puts it on disk."""
+    """Collects one shard in memory; `close` writes it to disk."""
 
     def __init__(self, folder: Path, shard: int):
         self._path = shard_path(folder, shard)
         self._lines: list[dict] = []
         self._labels: list[int] = []
-        self._captions: list[int] = []  # how many each sample has; samples may hold whole images
+        self._captions: list[int] = []  # of each sample: a count, as samples may hold whole images
         self._codes: list[Tensor] = []
         self._pixels: list[int] = []
         self._text: list[Tensor] = []
@@ -99,8 +99,8 @@ class ShardWriter:
         """Add one batch.
 
         Args:
-            pixels: hashes of the images, where these have captions.
-            features: float [n_i, C] for every caption of every sample; none without text features.
+            pixels: hashes of the images, if these have captions.
+            features: float [n_i, C] for every caption of every sample; empty without text features.
         """
         self._lines += map(sample_line, samples)
         self._labels += [sample.label for sample in samples if sample.label is not None]
@@ -142,8 +142,8 @@ class ShardReader:
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
-        # safetensors itself compares the header with the size, which a mapped file does not tell;
-        # to it, a file that may not be read is missing.
+        # safe_open checks the file's size against the header, which mapping does not; but it
+        # reports a file without read permission as missing, so `open` comes first.
         with _whole(self.path), open(self.path, "rb"), safe_open(self.path, framework="pt"):
             return map_tensors(self.path)
 
@@ -169,14 +169,14 @@ class ShardReader:
         return self._tensors["text"].shape[1] if "text" in self._tensors else None
 
     def lines(self) -> Iterator[dict]:
-        """Every sample seen, usable or skipped, in source order."""
+        """The lines of all samples, usable or skipped, in source order."""
         path = self.path.with_suffix(".jsonl")
         with _whole(path), open(path, encoding="utf-8") as file:
             yield from map(json.loads, file)
 
     @cached_property
     def _usable(self) -> list[bytes]:
-        """The lines of the usable samples: only those that are asked for are parsed."""
+        """The lines of the usable samples, not parsed: `sample` parses the one requested."""
         path = self.path.with_suffix(".jsonl")
         with _whole(path):
             content = path.read_bytes()
@@ -186,7 +186,7 @@ class ShardReader:
         return lines
 
     def sample(self, row: int) -> dict:
-        """{index, key, captions} of a usable sample, in the order of the codes."""
+        """{index, key, captions} of the sample in this row of the codes."""
         return json.loads(self._usable[row])
 
     def codes(self, row: int, view: int) -> Tensor:
@@ -204,7 +204,7 @@ class ShardReader:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[None]:
-    """While a file of a shard is read, which was written whole: UserError if it is not any more."""
+    """Within it, failing to read a file of a shard becomes a UserError that says what to do."""
     try:
         yield
     except PermissionError as error:
@@ -212,16 +212,16 @@ def _whole(path: Path) -> Iterator[None]:
     except (FileNotFoundError, SafetensorError, ValueError) as error:
         raise UserError(
             f"{path} is missing or damaged ({error}). Delete {path.parent} and start again: the "
-            "data are encoded anew"
+            "data will be encoded again"
         ) from error
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file as views of the mapped file: only what is looked at is
-    read. They must not be written to.
+    """The tensors of a safetensors file as views of the mapped file, of which only the parts in use
+    are read. They must not be written to.
     """
-    # The library's own slices lose 64 bytes of memory each time that one is indexed (0.8.0):
-    # over a run of a billion samples that is gigabytes.
+    # The library's own slices leak 64 bytes every time that they are indexed (0.8.0): gigabytes
+    # over a run of a billion samples.
     data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
     start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
     header = json.loads(data[8:start].numpy().tobytes())
@@ -237,12 +237,12 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
 class CodeStore:
     """Random access to a finished store.
 
-    Where a method takes a `choice`, it is a number for each sample that picks one of all pairs of
-    a view and a caption, modulo how many there are; by default the first.
+    A method's `choice` is a number for each sample that picks one of all pairs of a view and a
+    caption, modulo their number; by default the first.
 
     Attributes:
         key: identifies the content.
-        views: A.
+        views: A, the number of views per image.
         with_text: whether it holds features of the captions.
     """
 
@@ -251,15 +251,15 @@ class CodeStore:
         path = self.folder / MANIFEST
         if not path.exists():
             raise UserError(
-                f"{folder} is no finished store of codes (it has no {MANIFEST}). "
-                "Start the run again: it goes on where it stopped"
+                f"{folder} is not a finished store of codes (it has no {MANIFEST}). "
+                "Start the run again: it continues where it stopped"
             )
         self.manifest = read_json(path)
         if (found := self.manifest["key"].get("format")) != FORMAT:
-            raise UserError(f"{folder} has the format {found}, this version reads {FORMAT} only")
+            raise UserError(f"{folder} has the format {found}, this version reads only {FORMAT}")
         self.key, self.views = self.folder.name, self.manifest["views"]
         self.with_text = self.manifest["text_dim"] is not None
-        shards = self.manifest.pop("shards")  # many objects, where there are many
+        shards = self.manifest.pop("shards")  # not kept: too many objects in a large store
         self._names = [shard["name"] for shard in shards]
         self._starts = [0, *accumulate(shard["samples"] for shard in shards)]
         self._open = lru_cache(_OPEN_SHARDS)(lambda name: ShardReader(self.folder / name))
@@ -269,25 +269,20 @@ class CodeStore:
 
     def codes(self, indices: Numbers, choice: Numbers | None = None) -> Tensor:
         """Codes int64 [B, T, S] of one view of each image."""
-        rows = [
-            shard.codes(row, chosen % self.views)
-            for (shard, row), chosen in self._chosen(indices, choice)
-        ]
-        return torch.stack(rows)
+        chosen = self._chosen(indices, choice)
+        return torch.stack([shard.codes(row, pick % self.views) for shard, row, pick in chosen])
 
     def features(
         self, indices: Numbers, max_tokens: int, choice: Numbers | None = None
     ) -> list[Tensor]:
-        """Text features float32 [n_i, C] of one caption of each sample: its first max_tokens."""
+        """Text features float32 [n_i, C] of one caption of each sample, cut to max_tokens."""
         if not self.with_text:
             raise ValueError(f"{self.folder} was built without text features")
         chosen = self._chosen(indices, choice)
-        return [
-            shard.features(row, pick // self.views, max_tokens) for (shard, row), pick in chosen
-        ]
+        return [shard.features(row, pick // self.views, max_tokens) for shard, row, pick in chosen]
 
     def condition(self, index: int, choice: int = 0) -> str | int:
-        """A sample's class, or the caption that `features` are of for the same choice."""
+        """A sample's class, or the caption that `features` encodes for the same choice."""
         shard, row = self._locate(index)
         if shard.labels is not None:
             return shard.labels[row]
@@ -295,18 +290,18 @@ class CodeStore:
         return captions[choice // self.views % len(captions)]
 
     def name(self, index: int) -> str:
-        """What the sample is called in its source."""
+        """The sample's name in its source."""
         shard, row = self._locate(index)
         return shard.sample(row)["key"]
 
     def same_images(self) -> Tensor | None:
         """int64 [n]: for each sample the number of the first one with the same pixels.
 
-        None for images of classes: each is an example of its own.
+        None for images with classes: each counts as different.
         """
         if self.manifest["labelled"]:
             return None
-        # Readers of their own: each is closed again.
+        # Separate readers: unlike those of `_open`, each is closed again at once.
         hashes = torch.cat([ShardReader(self.folder / name).pixels for name in self._names])
         found, image = hashes.unique(return_inverse=True)
         place = torch.arange(len(hashes))
@@ -320,21 +315,27 @@ class CodeStore:
 
     def _chosen(
         self, indices: Numbers, choice: Numbers | None
-    ) -> Iterator[tuple[tuple[ShardReader, int], int]]:
-        where = torch.as_tensor(indices).tolist()
-        chosen = [0] * len(where) if choice is None else torch.as_tensor(choice).tolist()
-        return zip(map(self._locate, where), chosen, strict=True)
+    ) -> Iterator[tuple[ShardReader, int, int]]:
+        for index, pick in with_choices(indices, choice):
+            yield *self._locate(index), pick
+
+
+def with_choices(indices: Numbers, choice: Numbers | None) -> Iterator[tuple[int, int]]:
+    """Each index with its choice, 0 by default."""
+    where = torch.as_tensor(indices).tolist()
+    chosen = [0] * len(where) if choice is None else torch.as_tensor(choice).tolist()
+    return zip(where, chosen, strict=True)
 
 
 def _storable(feature: Tensor, caption: str) -> Tensor:
-    """float [n, C] on the CPU, two bytes a number: bfloat16 stays, the rest becomes float16."""
+    """float [n, C] on the CPU, two bytes a number: bfloat16 is kept, the rest becomes float16."""
     feature = torch.as_tensor(feature).detach().cpu()
     if feature.dtype != torch.bfloat16:
         feature = feature.half()
     if not feature.isfinite().all():
         raise UserError(
             f"the text features of {caption!r} are not finite in {feature.dtype}. Run the text "
-            "encoder in bfloat16 or float32; if float16 is too narrow, return bfloat16"
+            "encoder in bfloat16 or float32; if its values exceed float16, return bfloat16"
         )
     return feature
 

@@ -2,8 +2,8 @@
 
     ImageNet/train/n01440764/n01440764_10026.JPEG ...
 
-Class ids are the positions of the sorted folder names, as for every published class-conditional
-model.
+A class id is the position of the folder's name among all of them, sorted, as for every published
+class-conditional model.
 """
 
 from pathlib import Path
@@ -16,11 +16,11 @@ from t2i.errors import UserError, shorten
 
 
 class LabelledFolder(Source):
-    """A folder with train/ (and val/), or such a split itself, with one sub-folder per class.
+    """A folder with train/ (and val/), or one of these splits, with one sub-folder per class.
 
     Attributes:
         classes: names, sorted; an image's label is the position of its class.
-        paths: of all images, by class and name.
+        paths: all images, by class and name.
         labels: one for each path.
     """
 
@@ -39,22 +39,23 @@ class LabelledFolder(Source):
             empty += [] if found else [name]
             left_out += [(f"{printable(name)}/{key}", reason) for key, reason in passed_over]
         if not self.paths:
-            raise UserError(f"{root} has {len(classes)} sub-folders, and no images in them")
-        # The names of the others are in `files`. An empty class has its place among them, too.
+            raise UserError(f"{root} has {len(classes)} sub-folders, but no images in them")
+        # `files` names only the classes that have images; an empty one takes up a class id, too.
         identity = {"kind": "labelled folder", "classes": len(classes)}
         identity |= {"empty_classes": empty} if empty else {}
         super().__init__(str(root), identity, len(self.paths))
         self.left_out = left_out
         if empty:
-            some = f"{len(empty)} of {len(classes)} classes have no images ({empty[0]}, ...)"
-            self.remarks.append(some)
+            self.remarks.append(
+                f"{len(empty)} of {len(classes)} classes have no images ({empty[0]}, ...)"
+            )
         numbers = {name: label for label, name in enumerate(classes) if name.isdecimal()}
         other = [(name, label) for name, label in numbers.items() if int(name) != label]
         if other and len(numbers) == len(classes):
             name, label = other[0]
             self.remarks.append(
-                f"folder {name} is class {label}: names are sorted as text, and numbers are no "
-                "exception; where they say the class, begin with 0 and give all as many digits"
+                f"folder {name} is class {label}: names are sorted as text, even if all are numbers. "
+                "If they are the class ids, start with 0 and give all names the same number of digits"
             )
 
     def files(self) -> list[tuple[str, Path]]:
@@ -66,29 +67,29 @@ class LabelledFolder(Source):
 
 
 def find_classes(folder: str | Path, split: str) -> tuple[Path, list[str]]:
-    """The folder of the split and its sub-folders, whose images are not looked for yet.
+    """The folder of the split and the names of its sub-folders, which are not read yet.
 
     Raises:
-        UserError: no such folder, no sub-folders, or images beside them.
+        UserError: no such folder, no sub-folders, or images next to them.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise UserError(f"{folder} is no folder; give the one that holds {split}/<class>/")
+        raise UserError(f"{folder} is not a folder; give the one that holds {split}/<class>/")
     parts = [path for path in _visible(root) if path.is_dir()]
     named = folders_of(split, [path.name for path in parts])
     part = root / named[0] if len(named) == 1 else None
-    if part is not None and any(path.is_dir() for path in _visible(part)):  # or it is a class
+    if part is not None and any(path.is_dir() for path in _visible(part)):  # else it is a class
         root = part
     elif parts and (split != "train" or all(split_of_folder(path.name) for path in parts)):
         found = shorten([printable(path.name) for path in parts], most=3)
-        raise UserError(f"{root} has no sub-folder {split!r} with one for each class, but {found}")
+        raise UserError(f"{root} has no sub-folder {split!r} with one per class, only {found}")
     children = _visible(root)
     classes = [path.name for path in children if path.is_dir()]
     loose = [path.name for path in children if is_image(path) and not path.is_dir()]
     if loose or not classes:
         holds = f"holds {len(loose)} images ({loose[0]}, ...)" if loose else "has no sub-folders"
         raise UserError(
-            f"{root} must hold one sub-folder per class and nothing else, as ImageNet's "
+            f"{root} must hold one sub-folder per class and nothing else, such as ImageNet's "
             f"train/n01440764/; it {holds}"
         )
     return root, classes

@@ -1,7 +1,7 @@
-"""Image folders on disk: with a metadata.jsonl, or with a .txt file of captions beside each image.
+"""Image folders on disk: with a metadata.jsonl, or with a .txt file of captions next to each image.
 
-Both are read with pathlib rather than the `datasets` library, which drops images that the
-metadata does not list, knows no sidecar captions, and copies nothing that lazy paths do not give.
+Both are read with pathlib and not with the `datasets` library, which drops images that the metadata
+does not list, does not know captions in .txt files, and makes a copy that nothing here needs.
 """
 
 import os
@@ -31,39 +31,39 @@ from t2i.files import read_json_lines
 METADATA = "metadata.jsonl"
 _MISNAMED_SUFFIXES = (".jsonl", ".json", ".json1", ".ndjson", ".csv", ".tsv")
 _TEXTS = frozenset((".txt", ".text", ".cap", ".tags", ".md", ".json"))
-"""Of files beside pictures (a.json, a.png.txt) that may hold captions and are not read."""
+"""Of files next to images (a.json, a.png.txt) that may hold captions but are not read."""
 METADATA_ADVICE = (
     'Captions come from a file "metadata.jsonl" with one {"file_name": "a.png", "text": "..."} per '
-    'line, or from "a.txt" (or "a.caption") beside "a.png"'
+    'line, or from "a.txt" (or "a.caption") next to "a.png"'
 )
 OUTSIDE = "outside the folder (--data.outside-images uses it)"
-"""Why an image is skipped that a table names elsewhere."""
-_STRANGE = "link to a file that is no caption file"
+"""Reason to skip an image that a table names outside its folder."""
+_STRANGE = "link to a file that is not a caption file"
 _OF_SYSTEMS = frozenset(
     ("__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 )
-"""Folders that systems put among people's own, for thumbnails, say, or what was deleted."""
-_SAVED = ("dataset_info.json", "state.json")  # by Dataset.save_to_disk
+"""Folders that operating systems add, for example for thumbnails or deleted files."""
+_SAVED = ("dataset_info.json", "state.json")  # written by Dataset.save_to_disk
 _HASH = re.compile("[0-9a-f]{30,}")
 
 
 def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Every file below the folder, sorted, and (name, reason) of what was passed over.
+    """Every file below the folder, sorted, and (name, reason) of what is left out.
 
-    Links are followed, to folders as well, but every folder is read once: loops end, and what lies
-    around this folder is not read. Hidden files and folders (and those of `_OF_SYSTEMS`) are passed
-    over, and named where they are or hold images, as are pictures of formats that are not read.
+    Links to files and folders are followed, but every folder is read only once, and none that
+    contains this one: loops end. Hidden files and folders (and `_OF_SYSTEMS`) are left out, with a
+    reason if they are or hold images, as do images in formats that are not read.
     """
     root = os.path.realpath(folder)
     files: list[Path] = []
     left_out: list[tuple[str, str]] = []
     seen: set[str] = set()
     pending, links = [folder], list[Path]()
-    while pending or links:  # links last, so that a file's name is the one without them
+    while pending or links:  # links last, so that names without links are preferred
         parent = pending.pop() if pending else links.pop(0)
         real, name = os.path.realpath(parent), printable(os.path.relpath(parent, folder))
         if real in seen or (parent != folder and os.path.commonpath([root, real]) == real):
-            left_out.append((f"{name}/", "link to a folder that is read already"))
+            left_out.append((f"{name}/", "link to a folder that was already read"))
             continue
         seen.add(real)
         try:
@@ -98,13 +98,13 @@ def _kind(entry: os.DirEntry) -> str:
             return "folder"
         if entry.is_file():
             return "file"
-    except OSError:  # a link to itself, or one that leads where we may not look
+    except OSError:  # a link to itself, or into a folder that we may not read
         pass
     return "broken link" if entry.is_symlink() else "not a regular file"
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is no one's data, wherever it lies."""
+    """Whether a file or folder of this name is never data, wherever it is."""
     return name.startswith(".") or name in _OF_SYSTEMS
 
 
@@ -113,13 +113,13 @@ def holds_images(folder: Path) -> bool:
 
 
 def leads_out(name: str) -> bool:
-    """Whether a file's name in a table leads out of the table's folder, or to an address."""
+    """Whether a file name in a table leads out of the table's folder, or is an address (URL)."""
     name = name if "://" in name else os.path.normpath(name)
     return "://" in name or os.path.isabs(name) or name.split(os.sep)[0] == os.pardir
 
 
 def name_below(folder: Path, name: str) -> str:
-    """A file's name in a table as it is within the folder, where an absolute one leads there."""
+    """A file name from a table, made relative if it is an absolute path inside the folder."""
     if "://" in name or not os.path.isabs(name):
         return name
     place = Path(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
@@ -127,7 +127,7 @@ def name_below(folder: Path, name: str) -> str:
 
 
 def composed(name: str) -> str:
-    """A name with its accents in one spelling: Macs' disks and zips have e and an accent for é."""
+    """A name with accents in one encoding: disks and zips of Macs encode é as e and an accent."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -136,7 +136,7 @@ def is_image(path: Path) -> bool:
 
 
 def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) -> Source:
-    """The image folder as a source: by its metadata.jsonl if it has one, else by .txt files."""
+    """The folder as a source; captions are in its metadata.jsonl or, without one, in .txt files."""
     images = [path for path in files if is_image(path)]
     metadata = [path for path in files if path.name == METADATA]
     if metadata:
@@ -151,12 +151,12 @@ def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) ->
         others = [
             path for path in files if path.suffix.lower() in UNREAD_SUFFIXES | PACKED_SUFFIXES
         ]
-        hint = f"; unpack or convert what is like {name_in(folder, others[0])}" if others else ""
+        hint = f"; unpack or convert files such as {name_in(folder, others[0])}" if others else ""
         names = Counter(path.parent for path in files if path.name in _SAVED)
         if parts := [parent for parent, count in names.items() if count == len(_SAVED)]:
             saved = next((path for path in parts if path.name == "train"), parts[0])
             hint = (
-                f"; {saved} was saved by the datasets library: write it as parquet with "
+                f"; {saved} was saved by the datasets library: convert it to parquet with "
                 f"datasets.load_from_disk({str(saved)!r}).to_parquet({saved.name + '.parquet'!r})"
             )
         raise UserError(f"{folder} holds no images, no parquet files and no tars{hint}")
@@ -168,7 +168,7 @@ def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) ->
 
 
 class MetadataFolder(Source):
-    """Rows of one or more metadata.jsonl; file names are relative to the file that lists them."""
+    """Rows of one or more metadata.jsonl; image paths are relative to the file that lists them."""
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class MetadataFolder(Source):
         parts = dict.fromkeys(str(row["split"]) for _, row in self._rows if "split" in row)
         if len(parts) > 1:
             self.remarks.append(
-                f'the column "split" is not read: rows of {shorten([*parts])} are all used'
+                f'the column "split" is not read: the rows of {shorten([*parts])} are all used'
             )
         listed = {self._folder / name for name in self._listed()}
         self.left_out = [
@@ -206,18 +206,18 @@ class MetadataFolder(Source):
         ]
 
     def _keys(self, column: str) -> dict[str, None]:
-        """The fields of a column that holds objects, and nothing that a caption can be."""
+        """The fields of a column that holds objects and nothing that can be a caption."""
         found: dict[str, None] = {}
         for _, row in self._rows:
             value = row.get(column)
             if isinstance(value, dict):
                 found |= dict.fromkeys(value)
-            elif value is not None:  # as a rule in the first row
+            elif value is not None:  # usually found in the first row
                 return {}
         return found
 
     def files(self) -> list[tuple[str, Path]]:
-        """The metadata and every image that it names."""
+        """The metadata files and every image that they name."""
         listed = [(name, Path(os.path.normpath(self._folder / name))) for name in self._listed()]
         return [(str(path.relative_to(self._folder)), path) for path in self._metadata] + listed
 
@@ -226,16 +226,16 @@ class MetadataFolder(Source):
         return dict.fromkeys(name for name in names if name is not None and self._may_read(name))
 
     def _may_read(self, name: str) -> bool:
-        """Whether a normal path relative to the folder is below it, or may be elsewhere."""
+        """Whether an image at this path, relative to the folder and normalized, may be read."""
         return self._outside_images or not leads_out(name)
 
     def _name(self, index: int) -> str | None:
-        """An image's path relative to the folder, if that is how it is given."""
+        """An image's path relative to the folder; None if the row gives no path."""
         parent, row = self._rows[index]
         name = row.get(self._image)
         if not isinstance(name, str) or not name:
             return None
-        # normpath: "./a.png" and "b/../a.png" list a.png too.
+        # normpath: "./a.png" and "b/../a.png" are a.png, too.
         name = os.path.normpath(os.path.join(parent, name))
         name = name if self._outside_images else name_below(self._folder, name)
         if name.isascii() or os.path.lexists(self._folder / name):
@@ -252,22 +252,14 @@ class MetadataFolder(Source):
 
 
 class SidecarFolder(Source):
-    """Images with captions in a .txt (or .caption) file of the same name (in any case)."""
+    """Images with captions in a .txt (or .caption) file of the same name; .TXT counts as well."""
 
     def __init__(self, folder: Path, images: Sequence[Path], files: Sequence[Path]):
         self._folder = folder
         self._images = images
         captions = [path for path in files if _is_caption_file(path)]
         strange = {path for path in captions if not _may_be_caption(path.resolve())}
-        usual = {path.with_suffix(""): path for path in captions if path not in strange}
-        accented = {
-            composed(str(stem)): path for stem, path in usual.items() if not str(stem).isascii()
-        }
-        self._texts = {
-            path: usual.get(stem) or accented.get(composed(str(stem)))
-            for path in images
-            for stem in [path.with_suffix("")]
-        }
+        self._texts = _match_captions(images, [path for path in captions if path not in strange])
         bare = {p for image, text in self._texts.items() if text is None for p in _stems(image)}
         texts = [path for path in files if path.suffix.lower() in _TEXTS and path not in strange]
         beside = [path for path in texts if path.with_suffix("") in bare]
@@ -277,7 +269,7 @@ class SidecarFolder(Source):
             if beside:
                 hint = f". {_not_read(folder, beside[0])}"
             elif captions:
-                why = _STRANGE if captions[0] in strange else "stands beside no image of its name"
+                why = _STRANGE if captions[0] in strange else "no image of its name is next to it"
                 hint += f" ({name_in(folder, captions[0])}: {why})"
             raise UserError(
                 f"{folder} holds {len(images)} images but no captions. {METADATA_ADVICE}{hint}"
@@ -295,22 +287,21 @@ class SidecarFolder(Source):
 
         self.left_out = [(name_in(folder, p), reason(p)) for p in captions if p not in used]
         self.remarks = [
-            f"{name_in(folder, path)} is not read: captions are in the .txt files beside the images"
+            f"{name_in(folder, path)} is not read: captions are in the .txt files next to the images"
             for path in files
             if path.stem.lower() == "metadata" and _looks_like_metadata(path)
         ]
         named = Counter(path.with_suffix("") for path in images)
-        if twice := [
-            path for path in images if self._texts[path] and named[path.with_suffix("")] > 1
-        ]:
+        twice = [path for path in images if self._texts[path] and named[path.with_suffix("")] > 1]
+        if twice:
             self.remarks.append(
-                f"{len(twice)} pictures share captions with others of their name, as "
+                f"{len(twice)} images share captions with another one of the same name, such as "
                 f"{name_in(folder, twice[0])} and {twice[1].name}: of copies in two formats keep one, "
                 "or one may be held out and the other trained on"
             )
         if beside:
             self.remarks.append(
-                f"{len(beside)} text files stand beside pictures that have no caption: "
+                f"{len(beside)} text files are next to images that have no caption: "
                 f"{_not_read(folder, beside[0])}"
             )
 
@@ -324,16 +315,29 @@ class SidecarFolder(Source):
         return make_sample(index, str(path.relative_to(self._folder)), path, self._texts[path])
 
 
+def _match_captions(images: Sequence[Path], captions: Sequence[Path]) -> dict[Path, Path | None]:
+    """image -> its caption file; None if it has none."""
+    usual = {path.with_suffix(""): path for path in captions}
+    accented = {
+        composed(str(stem)): path for stem, path in usual.items() if not str(stem).isascii()
+    }
+    found = {}
+    for image in images:
+        stem = image.with_suffix("")
+        found[image] = usual.get(stem) or accented.get(composed(str(stem)))
+    return found
+
+
 def _may_be_caption(target: Path) -> bool:
-    """Whether a caption file, or what it links to, may be read: not a key file, say, which would
-    get into pages and model cards. Stores by content (the caches of the hub and of DVC) name files
-    by hashes, which nobody can guess who wants to have another file shown.
+    """Whether a caption file, or the file that it links to, may be read. Through a link, a secret
+    (such as a key file) would get onto pages and into model cards. The caches of the hub and of DVC
+    name files by hashes, which an attacker who wants to have a certain file shown cannot guess.
     """
     return _is_caption_file(target) or _HASH.fullmatch(target.name) is not None
 
 
 def _stems(image: Path) -> tuple[Path, Path]:
-    """What the name of a file beside the image begins with: a.json and a.png.txt."""
+    """The names, without suffix, that a file next to the image may have: a.json and a.png.txt."""
     return image.with_suffix(""), image
 
 

@@ -1,4 +1,4 @@
-"""Open any caption-image data set: `open_source` finds out what it was given.
+"""Open any data set of captioned images: `open_source` detects what it was given.
 
 | given                                    | read by                                        |
 |------------------------------------------|------------------------------------------------|
@@ -8,7 +8,7 @@
 | *.parquet (file, glob, folder)           | tables.TableSource, streaming: StreamSource    |
 | hub id "owner/name"                      | the same                                       |
 
-A source opens nothing but its index; images are opened one by one by images.open_image.
+A source opens only its index; images are opened one by one, by images.open_image.
 """
 
 import glob
@@ -52,15 +52,17 @@ def open_source(wanted: CaptionedImages) -> Source:
 
 
 def _refuse_unread(wanted: CaptionedImages) -> None:
-    """UserError for options of hub data sets, where files are given."""
+    """UserError if local files are given with options that are only for hub data sets."""
     if given := [name for name in given_options(wanted) if name in ("config_name", "revision")]:
-        told = ", ".join(f"data.{name}={getattr(wanted, name)}" for name in given)
-        raise UserError(f"{told}: for data on the hub, and {wanted.source} is here; leave it out")
+        listing = ", ".join(f"data.{name}={getattr(wanted, name)}" for name in given)
+        raise UserError(
+            f"{listing}: only for data on the hub, not for {wanted.source}; leave it out"
+        )
 
 
 @dataclass
 class _Found:
-    """What may belong to a data set: `root` is the folder, or the first file."""
+    """Files that may belong to a data set; `root` is the folder, or the first file."""
 
     root: Path
     files: list[Path]
@@ -77,11 +79,11 @@ def _open_files(found: _Found, wanted: CaptionedImages) -> Source:
         others = [path for path in found.files if not _is_table(path, suffix) and _is_data(path)]
         if others:
             raise UserError(
-                f"{root} holds {suffix} files and also {others[0].name}, so the data set is not "
-                f"clear. Give the files by name, such as '{root}/*{suffix}', or a folder of one kind"
+                f"{root} holds {suffix} files and also {others[0].name}, so it is not clear "
+                f"which to use. Give the files by name, such as '{root}/*{suffix}', or a folder of one kind"
             )
         empty = [path for path in chosen if path.stat().st_size == 0]
-        if len(empty) < len(chosen):  # otherwise the reader says what is wrong
+        if len(empty) < len(chosen):  # if all are, the reader reports it
             chosen = [path for path in chosen if path not in empty]
             found.left_out += [(printable(path.name), "empty") for path in empty]
         if suffix == ".tar":
@@ -100,7 +102,7 @@ def _open_files(found: _Found, wanted: CaptionedImages) -> Source:
 
 
 def _is_hub_id(text: str) -> bool:
-    """owner/name that is no path; with a local folder `owner`, a mistyped path is likelier."""
+    """owner/name that is not a path; with a local folder `owner`, it is a mistyped path."""
     if Path(text).exists() or not _HUB_ID.fullmatch(text):
         return False
     return not Path(text).parent.is_dir() and not _is_table(Path(text))
@@ -111,7 +113,7 @@ def _find_files(source: str, split: str) -> _Found:
     given = Path(os.path.expanduser(source))
     if given.is_dir():
         return _find_in_folder(given.resolve(), split)
-    path = given.parent.resolve() / given.name  # a link's own name says what it is
+    path = given.parent.resolve() / given.name  # a link's own name shows the format
     names = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path)))
     files = [name for name in names if name.is_file()]
     left_out = [
@@ -120,12 +122,14 @@ def _find_files(source: str, split: str) -> _Found:
         if name not in files
     ]
     if not files:
+        problem = "is not a file" if names else "does not exist"
+        near = "" if names else nearest_path(os.path.expanduser(source))
         raise UserError(
-            f"{source} {'is no file' if names else 'does not exist'}. Give a folder, .parquet "
-            f"or .tar files, or a hub id such as owner/name{'' if names else nearest_path(os.path.expanduser(source))}"
+            f"{source} {problem}. Give a folder, .parquet or .tar files, or a hub id such as "
+            f"owner/name{near}"
         )
     if split != "train":
-        raise UserError(f"split {split!r}: files that are given by name have no splits")
+        raise UserError(f"split {split!r}: files given by name have no splits")
     return _Found(files[0], files, left_out)
 
 
@@ -133,25 +137,15 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
     """The files of a split.
 
     A folder is divided into splits if it holds no data itself and each of its sub-folders that
-    holds data is named as a split: `train` beside `val` is a split, `train` beside `bus` a class.
-    Where all data are in one sub-folder of another name, that one is looked at. Parquet and tar
-    files are told by their names.
+    holds data is named like a split: `train` is a split next to `val`, but a class next to `bus`.
+    If all data are in a single sub-folder of another name, this rule is applied to that one.
+    Parquet and tar files are assigned to splits by their own paths.
     """
     files, left_out = walk(folder)
-    data = [path for path in files if _is_data(path)]
     if any(map(_is_table, files)):
-        chosen = [path for path in files if _in_split(path.relative_to(folder), split)]
-        taken = set(chosen)
-        others = [path for path in files if _is_table(path) and path not in taken]
-        if not any(map(_is_table, chosen)):
-            raise UserError(
-                f"{folder} holds no files named after the split {split!r}, but {others[0].name}; "
-                "give the split, or the files by name"
-            )
-        names = [name_in(folder, path) for path in others]
-        return _Found(
-            folder, chosen, left_out + [(name, f"not of the split {split}") for name in names]
-        )
+        chosen, others = _tables_of_split(folder, files, split)
+        return _Found(folder, chosen, left_out + others)
+    data = [path for path in files if _is_data(path)]
     where, parts = _sub_folders(folder, data)
     own = next((path for path in data if path.parent == where), None)
     of_split = folders_of(split, parts)
@@ -165,28 +159,45 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
         folders = [where / name for name in of_split]
         inside = [path for path in files if any(map(path.is_relative_to, folders))]
         return _Found(folders[0] if len(folders) == 1 else where, inside, left_out)
-    beside = "" if own is None else f"{printable(own.name)} lies beside them"
+    if own is not None:
+        why = f"{printable(own.name)} is next to them"
+    else:
+        why = "none is named train" if divided else "not all of them are named like splits"
     if split != "train" and of_split:
         raise UserError(
-            f"the sub-folders of {where} are taken for no splits, since {beside}; give "
+            f"the sub-folders of {where} are not used as splits, since {why}; give "
             f"{where / of_split[0]} without a split to use it alone"
         )
     if split != "train":
         raise UserError(f"{where} has no sub-folder for the split {split!r}")
-    remarks = []
-    named = [name for name in sorted(parts) if split_of_folder(name)]
-    if named:
-        other = "none is named train" if divided else "they are not all named as splits"
-        why = beside or other
-        remarks = [
+    found = _Found(folder, files, left_out)
+    if named := [name for name in sorted(parts) if split_of_folder(name)]:
+        found.remarks.append(
             f"all sub-folders of {where} are used ({', '.join(map(printable, sorted(parts)))}), "
             f"since {why}; give {where / (of_split or named)[0]} to use it alone"
-        ]
-    return _Found(folder, files, left_out, remarks)
+        )
+    return found
+
+
+def _tables_of_split(
+    folder: Path, files: Sequence[Path], split: str
+) -> tuple[list[Path], list[tuple[str, str]]]:
+    """The files of the split, and (name, reason) of the parquet and tar files of other splits."""
+    chosen = [path for path in files if _in_split(path.relative_to(folder), split)]
+    taken = set(chosen)
+    others = [path for path in files if _is_table(path) and path not in taken]
+    if not any(map(_is_table, chosen)):
+        raise UserError(
+            f"{folder} holds no files named after the split {split!r}, but {others[0].name}; "
+            "give another split, or the files by name"
+        )
+    return chosen, [(name_in(folder, path), f"not of the split {split}") for path in others]
 
 
 def _sub_folders(folder: Path, data: Sequence[Path]) -> tuple[Path, Counter[str]]:
-    """The folder that is divided (this or the only one with data), and its sub-folders' files."""
+    """The folder that may be divided into splits (this one, or the only one below it with data),
+    and the number of data files in each of its sub-folders.
+    """
     inside = [path.relative_to(folder).parts for path in data]
     parts = Counter(names[0] for names in inside if len(names) > 1)
     only = next(iter(parts), "")
@@ -200,7 +211,9 @@ def _is_table(path: Path, *suffixes: str) -> bool:
 
 
 def _in_split(name: Path, split: str) -> bool:
-    """train-00000.parquet and train/00000.parquet are of `train`, and so are names of no split."""
+    """Whether a path names the split, as train-00000.parquet or train/00000.parquet. Paths that
+    name no split belong to `train`.
+    """
     found = splits_in(str(name))
     if "train" in found or not found:
         return same_split("train", split)

@@ -1,11 +1,10 @@
-"""Codes of ImageNet that others computed, in the two formats in which they are passed around.
+"""Codes of ImageNet that others computed, in the two formats in which they are shared.
 
 - LlamaGen's `extract_codes_c2i.py`: `imagenet256_codes/17.npy` int64 [1, A, T] and
-  `imagenet256_labels/17.npy` [1] for image 17. They are read as they are. Where ten-crop codes of a
-  second crop range lie in a folder of their own, both are given, and their views are counted
-  together.
+  `imagenet256_labels/17.npy` [1] for image 17. They are read in place. If ten-crop codes of a
+  second crop range are in a separate folder, both folders are given, and their views are combined.
 - RAR's `maskgitvq.jsonl`: a line {"class_id": 3, "tokens": [...]} for every view of every image.
-  12.8 million lines are no format for random access, so they become a store once.
+  12.8 million lines do not suit random access, so they are turned into a store once.
 
 Shape legend: N = images, A = views of an image, B = batch, T = positions, S = 1 sub-token.
 """
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from t2i.data.content import content_key
 from t2i.data.samples import Sample, Source
-from t2i.data.store import Numbers
+from t2i.data.store import Numbers, with_choices
 from t2i.errors import UserError
 from t2i.files import reading
 from t2i.lfs import refuse_pointers
@@ -39,12 +38,12 @@ class LlamaGenCodes:
         roots: the `--code-path` folders of one or more extractions of the same images.
 
     Attributes:
-        views: A, of all roots together.
+        views: A, the number of views per image in all roots together.
     """
 
     def __init__(self, *roots: str | Path):
         if not roots:
-            raise UserError("no folder of codes is given")
+            raise UserError("no folder of codes was given")
         self._folders = [_find_pair(Path(root)) for root in roots]
         first = self._folders[0][0]
         self._numbers = _numbers(first)
@@ -52,7 +51,7 @@ class LlamaGenCodes:
             if odd := sorted({*self._numbers} ^ {*(found := _numbers(folder))}):
                 raise UserError(
                     f"{folder} ({len(found)} files) does not belong to {first} "
-                    f"({len(self._numbers)}): {odd[0]}.npy is in one of them only; was the "
+                    f"({len(self._numbers)}): {odd[0]}.npy is in only one of them; was the "
                     "extraction or a copy interrupted?"
                 )
         ends = self._numbers[0], self._numbers[-1]
@@ -74,8 +73,8 @@ class LlamaGenCodes:
 
     @cached_property
     def key(self) -> str:
-        """Identifies the content: by every label, and by the codes of every n-th image, since a
-        million of them take too long.
+        """Identifies the content, by all labels and the codes of every n-th image: reading those of
+        a million images would take too long.
         """
         digest, step = hashlib.sha256(), max(1, len(self) // _SAMPLED)
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -92,11 +91,9 @@ class LlamaGenCodes:
         return len(self._numbers)
 
     def codes(self, indices: Numbers, choice: Numbers | None = None) -> Tensor:
-        """int64 [B, T, 1]: of each image the view with this number, modulo their count."""
-        where = torch.as_tensor(indices).tolist()
-        chosen = [0] * len(where) if choice is None else torch.as_tensor(choice).tolist()
+        """Codes int64 [B, T, 1] of one view of each image: the chosen one, modulo their number."""
         rows = []
-        for index, pick in zip(where, chosen, strict=True):
+        for index, pick in with_choices(indices, choice):
             folder, view = self._views[pick % self.views]
             rows.append(self._read(folder, self._numbers[index])[view].astype(np.int64))
         return torch.from_numpy(np.stack(rows))[..., None]
@@ -109,10 +106,10 @@ class LlamaGenCodes:
         return f"{self._numbers[index]}.npy"
 
     def same_images(self) -> None:
-        """Every image is an example of its own."""
+        """None: every image counts as different."""
 
     def _read(self, folder: Path, number: int) -> np.ndarray:
-        """Codes [A, T] of an image."""
+        """Codes [A, T] of an image; UserError if their shape is not that of the first image."""
         codes, expected = _codes(folder, number), self._shapes[folder]
         if codes.shape != expected:
             raise UserError(
@@ -124,7 +121,7 @@ class LlamaGenCodes:
 
 
 def is_llamagen_folder(root: Path) -> bool:
-    """Whether a folder was the `--code-path` of LlamaGen's extraction."""
+    """Whether a folder is the `--code-path` of a LlamaGen extraction."""
     return any(root.glob("imagenet*_codes"))
 
 
@@ -133,12 +130,12 @@ def _find_pair(root: Path) -> tuple[Path, Path]:
     found = sorted(root.glob("imagenet*_codes"))
     if len(found) != 1:
         raise UserError(
-            f"{root} must hold one folder named as imagenet256_codes, it has {len(found)}; "
+            f"{root} must hold one folder named like imagenet256_codes, but has {len(found)}; "
             "give the folder that was extract_codes_c2i.py's --code-path"
         )
     labels = root / found[0].name.replace("_codes", "_labels")
     if not labels.is_dir():
-        raise UserError(f"{root} has {found[0].name} and no {labels.name}")
+        raise UserError(f"{root} has {found[0].name}, but no {labels.name}")
     return found[0], labels
 
 
@@ -146,12 +143,12 @@ def _numbers(folder: Path) -> list[int]:
     names = [path.stem for path in folder.glob("*.npy")]
     numbers = sorted(int(name) for name in names if name.isascii() and name.isdigit())
     if not numbers:
-        raise UserError(f"{folder} holds no files named as 0.npy")
+        raise UserError(f"{folder} holds no files named like 0.npy")
     return numbers
 
 
 def _codes(folder: Path, number: int) -> np.ndarray:
-    """[A, T] of an image."""
+    """Codes [A, T] of an image."""
     path = folder / f"{number}.npy"
     array = _load(path)
     if array.ndim != 3 or len(array) != 1 or array.dtype.kind not in "iu":
@@ -190,21 +187,21 @@ def _load(path: Path) -> np.ndarray:
 
 
 class JsonlCodes(Source):
-    """RAR's file as a source of codes, one view a line. Opening it counts the lines.
+    """RAR's file as a source of codes, with one view per line. Opening it finds all lines.
 
     Args:
-        vocab: tokens are below it.
-        num_classes: classes are below it.
+        vocab: all tokens must be below it.
+        num_classes: all classes must be below it.
 
     Raises:
-        UserError: no such file, or nothing in it; when it is read, a line (which is named) that is
-            not {"class_id": int, "tokens": [T ints]} within the vocabulary and the classes.
+        UserError: no such file, or it is empty; when a line is read, it is not {"class_id": int,
+            "tokens": [T ints]} within the vocabulary and the classes (the message names the line).
     """
 
     def __init__(self, path: str | Path, *, vocab: int = 1024, num_classes: int = 1000):
         self._path, self._vocab, self._num_classes = Path(path), vocab, num_classes
         if not self._path.is_file():
-            raise UserError(f"{path} is no file; give RAR's maskgitvq.jsonl")
+            raise UserError(f"{path} is not a file; give RAR's maskgitvq.jsonl")
         if not self._path.stat().st_size:
             raise UserError(f"{path} is empty")
         self._bytes = np.memmap(self._path, np.uint8, "r")
@@ -238,7 +235,7 @@ class JsonlCodes(Source):
             label, tokens = content["class_id"], content["tokens"]
             fits = all(isinstance(t, int) and 0 <= t < self._vocab for t in tokens)
             fits = fits and isinstance(label, int) and 0 <= label < self._num_classes
-        except (ValueError, KeyError, TypeError) as error:  # not JSON, no object, other fields
+        except (ValueError, KeyError, TypeError) as error:  # not JSON, not an object, other fields
             refuse_pointers(self._path)
             raise UserError(f"{where} is not a line of codes: {error!r}") from error
         if not fits or not tokens or len(tokens) != (self._positions or len(tokens)):

@@ -1,4 +1,4 @@
-"""Which split of a data set the name of a folder or file stands for."""
+"""Which split of a data set the name of a folder or file means."""
 
 import re
 from collections.abc import Iterable
@@ -9,32 +9,32 @@ _SAME = {
     **dict.fromkeys(("validate", "valid", "val"), "validation"),
     "testing": "test",
 }
-"""Other words for a split."""
+"""Synonyms."""
 
 
 def split_named(word: str) -> str | None:
-    """The split that a word means; None for another word."""
+    """The split that a word means; None if it means none."""
     split = _SAME.get(word.lower(), word.lower())
     return split if split in _SPLITS else None
 
 
 def split_of_folder(name: str) -> str | None:
-    """The split whose name a folder has: train, Training, train2017; not train_station."""
+    """The split that a folder's name means: train, Training, train2017, but not train_station."""
     return split_named(re.sub(r"[\d_.-]+$", "", name))
 
 
 def splits_in(path: str) -> set[str]:
-    """The splits that words of a path stand for, as in data/train-00000-of-00002.parquet."""
+    """The splits that words of a path mean, as in data/train-00000-of-00002.parquet."""
     return {split for word in re.findall("[a-z]+", path.lower()) if (split := split_named(word))}
 
 
 def same_split(split: str, wanted: str) -> bool:
-    """Whether a split is the one asked for, by its own name or another one of the same meaning."""
+    """Whether a split is the wanted one, which may be given by a synonym."""
     return split == (split_named(wanted) or wanted.lower())
 
 
 def folders_of(split: str, names: Iterable[str]) -> list[str]:
-    """Of the names of folders those of a split: that of its own name, or all that stand for it."""
+    """The folder with exactly the split's name, or else all whose names mean this split."""
     exact = [name for name in sorted(names) if name.lower() == split.lower()]
     named = [(name, split_of_folder(name)) for name in sorted(names)]
     return exact[:1] or [name for name, own in named if own and same_split(own, split)]

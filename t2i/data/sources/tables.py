@@ -1,8 +1,8 @@
 """Parquet files and hub data sets, streaming or not, through the `datasets` library.
 
-Image columns are cast with `decode=False`: the library then hands out bytes, and a bad image is
-one skipped sample of ours rather than an exception in the middle of its iteration. Without
-streaming, the library keeps an Arrow copy of the data in its own cache folder.
+Image columns are cast with `decode=False`: the library then returns bytes, and a bad image becomes
+one skipped sample instead of an exception in the middle of an iteration. Without streaming, the
+library keeps an Arrow copy of the data in its own cache folder.
 """
 
 import glob
@@ -20,14 +20,7 @@ import pyarrow.parquet as pq
 from t2i.data.captioned import CaptionedImages
 from t2i.data.content import content_key, printable
 from t2i.data.images import RemoteFile
-from t2i.data.samples import (
-    Sample,
-    Source,
-    choose_caption,
-    choose_column,
-    make_sample,
-    read_field,
-)
+from t2i.data.samples import Sample, Source, choose_caption, choose_column, make_sample, read_field
 from t2i.data.sources.folders import OUTSIDE, leads_out, name_below
 from t2i.errors import UserError, shorten
 from t2i.lfs import refuse_pointers
@@ -38,12 +31,13 @@ _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 
 
 def open_parquet(root: Path, files: Sequence[Path], wanted: CaptionedImages) -> Source:
-    """Local parquet files, all of one split; image paths in them are relative to the folder. The
-    library cannot read those without rows, which writers of many parts leave behind.
+    """Local parquet files, all of one split; image paths in them are relative to the folder. Files
+    without rows, which tools that write many parts leave behind, are dropped: the library fails on
+    them.
     """
     if strange := [path for path in files if "::" in str(path)]:
         raise UserError(
-            f"{strange[0]}: the datasets library takes '::' for a chain of addresses; rename the file "
+            f"{strange[0]}: the datasets library reads '::' as a chain of addresses; rename the file "
             "or folder"
         )
     columns = {path: found for path in files if (found := _columns(path)) is not None}
@@ -51,8 +45,8 @@ def open_parquet(root: Path, files: Sequence[Path], wanted: CaptionedImages) -> 
         raise UserError(f"{root} holds no rows")
     files = list(columns)
     _refuse_different(root, {path: found for path, found in columns.items() if found})
-    # The library finds its Arrow copy by path and modification time, which `cp -p` and rsync keep
-    # where they replace a file: with a name of its own, each state of the files has its own copy.
+    # The library finds its Arrow copy by path and modification time, which do not change when
+    # `cp -p` or rsync replaces a file. A name made of all times gives each state its own copy.
     name = content_key({"files": list(map(file_status, files))})
     patterns = [glob.escape(str(path)) for path in files]
     where = {"path": "parquet", "name": name, "data_files": {wanted.split: patterns}}
@@ -61,18 +55,18 @@ def open_parquet(root: Path, files: Sequence[Path], wanted: CaptionedImages) -> 
 
 
 def _columns(path: Path) -> set[str] | None:
-    """The columns of a parquet file, None without rows; empty if it cannot be read."""
+    """The columns of a parquet file; None if it has no rows, empty if it cannot be read."""
     try:
         found = pq.read_metadata(path)
         return set(found.schema.to_arrow_schema().names) if found.num_rows else None
-    except (OSError, pa.ArrowException):  # the library says what else is wrong with it
+    except (OSError, pa.ArrowException):  # the library reports anything else
         refuse_pointers(path)
         return set()
 
 
 def _refuse_different(root: Path, columns: dict[Path, set[str]]) -> None:
-    """UserError if the files do not all have the same columns: the library would stop at the first
-    different one, in mid-run when streaming, without naming it.
+    """UserError if the files do not all have the same columns. The library would stop at the first
+    file that differs (when streaming, in the middle of a run) and not name it.
     """
     for (before, expected), (path, found) in pairwise(columns.items()):
         if other := found ^ expected:
@@ -86,14 +80,14 @@ def _refuse_different(root: Path, columns: dict[Path, set[str]]) -> None:
 def open_hub(wanted: CaptionedImages) -> Source:
     """A data set of the Hugging Face hub (or its local cache, when offline)."""
     where = {"path": wanted.source, "name": wanted.config_name, "revision": wanted.revision}
-    if hub_is_away():  # then what was fetched before will do; the library has no option for it
+    if hub_is_away():  # use what was fetched before; the library has no option for this
         datasets.config.HF_HUB_OFFLINE = True
     return _kind(wanted)(wanted.source, where, wanted)
 
 
 def _load(name: str, where: dict[str, Any], wanted: CaptionedImages) -> tuple[Any, dict, str]:
-    """A split of a data set, its images not decoded; its first row; and a hash of it all, which for
-    a hub data set follows the commit.
+    """A split of a data set (images not decoded), its first row, and a hash of the data set, which
+    for a hub data set depends on the commit.
     """
     try:
         builder = datasets.load_dataset_builder(**where)
@@ -103,14 +97,14 @@ def _load(name: str, where: dict[str, Any], wanted: CaptionedImages) -> tuple[An
             builder.download_and_prepare()
             data = builder.as_dataset(wanted.split)
         data = _undecoded(data)
-        # Arrow takes any bytes for a string, and one that is not UTF-8 would end an iteration in
-        # Python's objects. A builder of another kind has made Python's objects itself.
+        # Arrow accepts any bytes as a string, and one that is not UTF-8 would end an iteration over
+        # Python objects. A stream of any other builder has Python objects already.
         if not wanted.streaming or isinstance(builder, datasets.ArrowBasedBuilder):
             data = data.with_format("arrow")
         first = next(map(_python_row, islice(data, 1)), None)
     except Exception as error:  # the library's loaders raise nearly anything
         cause = error.__cause__ or error
-        here = "" if Path(name).exists() else "no folder of this name is here, and "
+        here = "" if Path(name).exists() else "there is no folder of this name, and "
         raise UserError(
             f"{name}: {here}the datasets library could not open split {wanted.split!r} "
             f"({type(cause).__name__}: {cause})"
@@ -121,12 +115,12 @@ def _load(name: str, where: dict[str, Any], wanted: CaptionedImages) -> tuple[An
 
 
 class _Rows(Source):
-    """What both kinds share.
+    """What `TableSource` and `StreamSource` share.
 
     Args:
-        where: what the library opens.
-        folder: what image paths in the rows are relative to.
-        paths: the parquet files; on the hub there are none.
+        where: arguments for the library's `load_dataset_builder`.
+        folder: image paths in the rows are relative to it.
+        paths: the parquet files; empty for a hub data set.
     """
 
     def __init__(
@@ -147,26 +141,26 @@ class _Rows(Source):
         if isinstance(first[image], str) and first[image].startswith(("http://", "https://")):
             raise UserError(
                 f"{name}: column {image!r} holds web addresses. Download the images first; "
-                "img2dataset writes tars that this kit reads"
+                "img2dataset writes tars that can be read here"
             )
         needed = {image, caption, caption.partition(".")[0], "__key__", "__url__"}
         self._data = data.select_columns([column for column in first if column in needed])
         self._image, self._caption, self._folder, self._paths = image, caption, folder, paths
-        # What the library has fetched from the hub lies in its cache, by absolute paths.
+        # Files that the library fetched from the hub have absolute paths, in its cache.
         self._inside = bool(paths) and not wanted.outside_images
         identity: dict = {"kind": "parquet"}
-        if not paths:  # of a moving branch the content is another each time
+        if not paths:  # the content of a branch can change
             identity = {"kind": "hub", "id": name, "config": wanted.config_name}
             identity |= {"split": wanted.split, "revision": wanted.revision, "content": content}
         identity |= {"streaming": wanted.streaming, "columns": [image, caption]}
         super().__init__(name, identity, None if wanted.streaming else len(self._data))
 
     def _below(self, name: str) -> str:
-        """An image's name within the folder, if it leads there and other places are not read."""
+        """An image's name, made relative if it is inside the folder and others are not read."""
         return name_below(self._folder, name) if self._inside else name
 
     def files(self) -> list[tuple[str, Path]]:
-        """The parquet files, and images that their rows name by path."""
+        """The parquet files, and the images that their rows name by path."""
         names = (name for path in self._paths for name in _named_images(path, self._image))
         below = (self._below(name) for name in names)
         images = [name for name in below if not (self._inside and leads_out(name))]
@@ -200,7 +194,7 @@ class TableSource(_Rows):
 
 
 class StreamSource(_Rows):
-    """Rows of a streaming data set: iteration only, the length is unknown."""
+    """Rows of a streaming data set: iteration only, unknown length."""
 
     def __iter__(self) -> Iterator[Sample]:
         rows = iter(self._data)
@@ -212,7 +206,7 @@ class StreamSource(_Rows):
             except Exception as error:  # network, damaged file: readers raise nearly anything
                 raise UserError(
                     f"{self.name}: the stream broke after {index} samples "
-                    f"({type(error).__name__}: {error}). Start again to go on from there"
+                    f"({type(error).__name__}: {error}). Start again to continue from there"
                 ) from error
             yield self._sample(index, _python_row(row))
 
@@ -241,7 +235,7 @@ def _undecoded(
 
 
 def _python_row(row: pa.Table | dict[str, Any]) -> dict[str, Any]:
-    """A row as Python's objects, in which `NOT_UTF8` stands for a string that is no text."""
+    """A row as Python objects, with `NOT_UTF8` for every string that is not valid text."""
     if isinstance(row, dict):
         return row
     return {name: _python_value(row[name][0]) for name in row.column_names}
@@ -259,7 +253,7 @@ def _python_value(value: pa.Scalar) -> Any:
 
 
 def _named_images(path: Path, column: str) -> list[str]:
-    """Local images that a parquet file names instead of holding their bytes."""
+    """Paths of local images that a parquet file names instead of holding their bytes."""
     file = pq.ParquetFile(path)
     kind = file.schema_arrow.field(column).type
     if pa.types.is_struct(kind):

@@ -3,10 +3,11 @@
     000.tar:  00017.jpg  00017.txt  00017.json  00018.jpg ...
 
 The member headers are read into an index; images and captions are then read by offset, so a tar has
-random access and costs no second copy on disk. Indexes of a few tars are held at a time: one takes
-1 kB a sample, which for a hundred million no memory has. (The `datasets` builder copies the data
-unless it streams, refuses a tar whose first samples lack a caption, and silently stops at the end
-of a truncated tar.) Tars of a hub data set go through `datasets` all the same, see tables.py.
+random access without a second copy on disk. Only a few tars' indexes are held at a time: an index
+takes 1 kB per sample, too much memory for a hundred million samples. (The `datasets` builder copies
+the data unless it streams, refuses a tar whose first samples lack a caption, and silently stops at
+the end of a truncated tar.) Tars of a hub data set go through `datasets` nevertheless, see
+tables.py.
 """
 
 import json
@@ -36,13 +37,13 @@ from t2i.errors import UserError, shorten
 from t2i.lfs import refuse_pointers
 
 _HELD = 4
-"""Tars whose index is held; samples are read in order, so that each is indexed twice in all."""
+"""Tars whose indexes are held. Samples are read in order, so each tar is indexed only twice."""
 _ASKED = 100
-"""JSON members that are asked for their fields."""
+"""JSON members whose fields are collected, to choose the caption."""
 _PADDING = 1 << 20
-"""Bytes behind an archive that are looked at: tar fills up to 10 kB, by default, with zeros."""
+"""Bytes checked after the end of an archive: by default, tar pads with zeros up to 10 kB."""
 _SECOND = (
-    "second archive behind the end of the first, as `cat` joins them: pack it as a tar of its own"
+    "second archive after the end of the first, as `cat` joins them: pack it as a separate tar"
 )
 
 
@@ -62,11 +63,11 @@ class _Entry:
 class TarSource(Source):
     """Samples of one or more tars, in the order of the files and of their members.
 
-    A member whose extension the sample has already begins another sample of the same name, so that
-    nothing is overwritten.
+    A member with an extension that the sample already has begins another sample of the same name,
+    so that nothing is overwritten.
 
-    The caption is a text member (`txt`, `text`, `caption`, `prompt`) or, named "json.caption", a
-    field of the json member; the image is the only member with an image extension.
+    The caption is a text member (`txt`, `text`, `caption`, `prompt`) or a field of the json member
+    ("json.caption"); the image is the only member with an image extension.
     """
 
     def __init__(self, root: Path, tars: Sequence[Path], wanted: CaptionedImages):
@@ -87,16 +88,16 @@ class TarSource(Source):
         self.remarks += self._unread(seen, wanted)
         if seen.apart:
             self.remarks.append(
-                f"picture and text of one name are apart ({seen.apart[0]}): the members of a "
-                "sample must be neighbours in its tar, as `tar --sort=name` packs them"
+                f"image and text of the same name are apart ({seen.apart[0]}): the members of a "
+                "sample must be neighbors in its tar, as `tar --sort=name` packs them"
             )
 
     def _unread(self, seen: "_Seen", wanted: CaptionedImages) -> Iterator[str]:
-        """On members that a user may have meant."""
+        """Remarks on members that are not read although the user may expect it."""
         dotted = [c for c in sorted(seen.columns) if "." in c and is_image(Path(f"a.{c}"))]
         if wanted.image_column is None and dotted:
             yield (
-                f"pictures that end in {shorten(dotted, most=3)} are not read, since a sample's name "
+                f"images that end in {shorten(dotted, most=3)} are not read, since a sample's name "
                 "ends at the first dot: rename a.b.png to a_b.png, or name one with "
                 "--data.image-column"
             )
@@ -107,7 +108,7 @@ class TarSource(Source):
         for name in CAPTION_COLUMNS:
             others = ((text, row[name]) for text, row in read if row.get(name) is not None)
             if any(_differ(*pair) for pair in others):
-                yield f"captions are those of {self._caption}, and not of json.{name}, which differ"
+                yield f"captions are read from {self._caption}, not from json.{name}, which differs"
 
     def files(self) -> list[tuple[str, Path]]:
         return [(path.name, path) for path in self._tars]
@@ -132,15 +133,15 @@ class TarSource(Source):
 
 @dataclass
 class _Seen:
-    """What the samples of all tars have."""
+    """What was seen in the samples of all tars."""
 
     columns: set[str] = field(default_factory=set)
     crowded: _Entry | None = None
-    """The first one with the most images."""
+    """The first sample with the most images."""
     with_json: list[_Entry] = field(default_factory=list)
-    """The first ones with a json member."""
+    """The first samples with a json member."""
     apart: list[str] = field(default_factory=list)
-    """Names whose image and text are not neighbours: the first of each tar."""
+    """Of each tar, the first name whose image and text are not neighbors."""
 
     def add(self, entries: Sequence[_Entry]) -> None:
         pictures = {entry.key for entry in entries if len(entry.images) == len(entry.parts)}
@@ -168,19 +169,19 @@ def _choose_image(seen: _Seen, name: str, given: str | None) -> str | None:
             f"{name}: sample {entry.key} holds several images ({', '.join(entry.images)}). "
             "Name one with --data.image-column"
         )
-    return None  # one a sample, whatever its extension
+    return None  # each sample's only image, with any extension
 
 
 def _choose_caption(seen: _Seen, name: str, given: str | None) -> str:
     documents = [_read_json(entry.parts["json"]) for entry in seen.with_json]
     fields = {f"json.{key}" for document in documents for key in document}
     if given is not None and given.startswith("json.") and len(documents) == _ASKED:
-        fields.add(given)  # it may come later
+        fields.add(given)  # a later member may have it
     return choose_caption(sorted(seen.columns), sorted(fields), given, name)
 
 
 def _index(path: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
-    """The samples of one tar; (name, reason) of what was left out."""
+    """The samples of one tar, and (name, reason) of what was left out."""
     entries: list[_Entry] = []
     left_out: list[tuple[str, str]] = []
     previous = None
@@ -202,7 +203,7 @@ def _index(path: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
                     entries.append(_Entry(f"{path.name}:{key}", repeats))
                 where = FileSlice(path, member.offset_data, member.size)
                 entries[-1].parts[extension] = where
-            # A complete archive ends with blocks of zeros, which tarfile stops at.
+            # A complete archive ends with blocks of zeros, where tarfile stops.
             with open(path, "rb") as file:
                 file.seek(tar.offset)
                 complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
@@ -229,6 +230,6 @@ def _differ(one: Any, other: Any) -> bool:
 def _read_json(where: FileSlice) -> dict[str, Any]:
     try:
         document = json.loads(read_bytes(where))
-    except (SkipSample, ValueError, RecursionError):  # no captions: the sample is skipped as such
+    except (SkipSample, ValueError, RecursionError):  # skipped later, for its lack of a caption
         return {}
     return document if isinstance(document, dict) else {}
