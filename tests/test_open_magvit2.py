@@ -205,8 +205,8 @@ def test_wrong_files_are_refused(tmp_path, content):
 
 
 def test_the_tokenizer_comes_with_the_base(tmp_path, content):
-    """A fine-tuned checkpoint holds only the generator and takes the tokenizer from the base's file,
-    also if that has moved.
+    """A fine-tuned checkpoint holds only the generator; its tokenizer comes from the base's file,
+    even if that has moved.
     """
     path = write(tmp_path / "AR.ckpt", content)
     backbone = t2i.load_backbone("open_magvit2", path, config=CONFIG)
