@@ -174,7 +174,7 @@ def test_bases_do_not_train_on_what_fine_tuning_holds_out(recipe):
 # -- processes -------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["sample_imagenet", "train_imagenet"])
-def test_one_or_two_processes_and_any_kill_leave_the_same(killed, program):
+def test_killed_programs_of_one_or_two_processes_leave_the_same_files(killed, program):
     whole, *others = (killed / f"{program}-{name}" for name in ("whole", "1", "2"))
     for folder in others:
         assert folder_content(folder) == folder_content(whole), "images, or the store of codes"

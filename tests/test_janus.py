@@ -119,6 +119,7 @@ def test_long_prompts_lose_the_end_of_their_caption_only(janus):
 
 
 def test_padding_is_masked_but_unconditional_padding_is_attended_to(janus):
+    """Left padding has no influence, but the padding tokens of the unconditional prompt do."""
     alone, padded = janus.prepare(JANUS_PROMPTS[:1]), janus.prepare(JANUS_PROMPTS[:2])
     drop = torch.ones(2, dtype=torch.bool)
     for kind in (None, drop):
@@ -239,7 +240,7 @@ def test_settings_that_no_janus_has_are_refused(copy, settings, said):
         Janus.load(copy)
 
 
-def test_ratios_survive_truncation():
+def test_mlp_ratios_survive_truncation():
     """transformers truncates width * ratio to an integer, and 352 * (938 / 352) is 937.99..., so
     the ratios that we write are rounded up where needed.
     """

@@ -14,7 +14,6 @@ from runs import (
     assert_same_metrics,
     assert_same_weights,
     before_step,
-    draw,
     metrics,
     saved_after_two_steps,
     tiny_janus_run,
@@ -110,7 +109,7 @@ def test_image_layers_of_a_llamagen_are_trained_and_saved(tiny_world):
     assert not any(torch.equal(stored[k], base[k]) for k in stored)
 
 
-def test_lora_learns_and_draws(tiny_world, lora, tmp_path):
+def test_lora_learns_and_draws(tiny_world, lora):
     losses = [row["train/loss"] for row in metrics(tiny_world, "janus-lora")]
     assert losses[-1] < losses[0]
     stored = load_file(lora / "adapter" / "adapter_model.safetensors")
@@ -125,9 +124,11 @@ def test_lora_learns_and_draws(tiny_world, lora, tmp_path):
     whole = t2i.from_pretrained(lora, generation_only=False)
     assert whole.backbone.left_out == 0 and t2i.from_pretrained(lora).backbone.left_out > 0
     base = t2i.attach(t2i.load_backbone("janus", tiny_world / "janus"), t2i.presets.base())
-    images = draw(lora, tmp_path)
-    plain = t2i.generate(base, PROMPTS, batch_size=2, progress=False)
-    assert images != [i.tobytes() for i in plain] and len(set(images)) == 2
+    images, plain = (
+        [i.tobytes() for i in t2i.generate(model, PROMPTS, batch_size=2, progress=False)]
+        for model in (t2i.from_pretrained(lora), base)
+    )
+    assert images != plain and len(set(images)) == 2
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny_world):

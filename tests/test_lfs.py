@@ -34,7 +34,7 @@ def test_files_of_a_data_set(tiny_world, tmp_path, name):
         open_source(tmp_path)
 
 
-def test_images_and_captions_are_counted_as_pointers(tiny_world, tmp_path, caplog):
+def test_pointers_among_images_and_captions_are_counted(tiny_world, tmp_path, caplog):
     """Used to read a caption's pointer as the caption."""
     images = sorted((tiny_world / "data").rglob("*.png"))
     for name, image in zip("abcd", images, strict=False):

@@ -82,7 +82,7 @@ def test_one_folder_finds_all_moved_files(trained, tmp_path):
 
 @pytest.mark.parametrize("base", ["elsewhere", "elsewhere/gpt.pt"])
 def test_moved_files_may_be_given_by_a_relative_path(trained, tmp_path, monkeypatch, base):
-    """A checkpoint of the model that is loaded so can be loaded from any working directory."""
+    """A checkpoint saved from a model loaded this way loads from any working directory."""
     files, folder, _ = trained
     files.rename(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
@@ -260,7 +260,7 @@ def test_the_grid_of_a_renamed_file_is_an_option(tmp_path):
             wrong.load(*wrong.check())
 
 
-def test_shards_of_a_family_that_publishes_one_file(tmp_path):
+def test_shards_of_a_family_that_publishes_one_file_load(tmp_path):
     """Weights that transformers or huggingface_hub split into shards load, and a checkpoint's hash
     of its base covers all shards.
     """
@@ -283,7 +283,7 @@ def test_shards_of_a_family_that_publishes_one_file(tmp_path):
         load_backbone("rar", index)
 
 
-def test_links_to_files_named_by_a_hash(tmp_path):
+def test_links_to_files_named_by_a_hash_load(tmp_path):
     """The hub's cache and DVC have such links. Only the link's name tells the file's format and the
     model's shape, so it must be used and stored.
     """

@@ -43,7 +43,7 @@ def test_llamagen_folders_are_known_by_their_content(tmp_path):
     assert LlamaGenCodes(write_llamagen(tmp_path / "c", offset=1)).key != before
 
 
-def test_llamagen_folders(tmp_path):
+def test_llamagen_folders_are_read_in_numeric_order(tmp_path):
     write_llamagen(tmp_path, images=11)
     (tmp_path / "imagenet256_codes" / "².npy").touch()  # a digit to isdigit(), but not to int()
     data = LlamaGenCodes(tmp_path)  # "10" sorts before "2" as text
@@ -113,7 +113,7 @@ def test_files_that_differ_from_the_first_are_named(tmp_path):
 
 
 def test_every_label_is_part_of_the_key(tmp_path):
-    """Used to depend on every third label only, with 200 files."""
+    """Used to cover only every third of 200 labels."""
     root = write_llamagen(tmp_path, images=200)
     before = LlamaGenCodes(root).key
     assert LlamaGenCodes(root).key == before

@@ -101,7 +101,7 @@ def test_an_interrupted_download_leaves_nothing(source, cache, online, monkeypat
     assert source.find().path.read_bytes() == CONTENT
 
 
-def test_a_killed_processs_partial_download_is_not_used(source, cache, online):
+def test_the_partial_download_of_a_killed_process_is_not_used(source, cache, online):
     cache.mkdir(parents=True)
     (cache / "found.pth.0123abcd.tmp").write_bytes(CONTENT[:500])
     assert source.find().path.read_bytes() == CONTENT
