@@ -1,5 +1,5 @@
-"""docs/add_a_backbone.md, followed literally: its family goes from a file through training to an
-export, in a folder of its own and with one line.
+"""docs/add_a_backbone.md followed literally: with its folder and one line of registration, the
+example family goes from a weight file through training to an export.
 """
 
 import re
@@ -34,7 +34,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "add_a_backbone.md"
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """The page's family, and its class."""
+    """Registers the page's family and returns its backbone class."""
     first, model = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     folder = tmp_path / "models" / "toy"
     folder.mkdir(parents=True)
@@ -49,7 +49,7 @@ def toy(tmp_path, monkeypatch):
 
 @pytest.fixture
 def base(toy, tmp_path):
-    """A backbone folder of a tiny one."""
+    """A backbone folder with a tiny model of the family."""
     config_type = toy.config_type
     backbone = toy(config_type(32, 2, 2, grid=(4, 4), vocab_size=48, num_classes=4))
     randomize(backbone)
@@ -62,7 +62,7 @@ def base(toy, tmp_path):
     return folder
 
 
-def test_published_names_and_strange_files(toy, base):
+def test_published_names_load_and_wrong_files_are_refused(toy, base):
     outline = t2i.load_backbone("toy", "owner/repo:toy_S.pt", device="meta")
     assert outline.spec.dim == 384 and outline.image_size == (256, 256)
     assert toy.infer_config(outline.official_state_dict(), "toy_S", None) == outline.config
@@ -72,7 +72,7 @@ def test_published_names_and_strange_files(toy, base):
         t2i.load_backbone("toy", base / "vq.pt")
 
 
-def test_cached_is_teacher_forced(base):
+def test_cached_steps_equal_teacher_forcing(base):
     model = open_gates(t2i.attach(t2i.load_backbone("toy", base), t2i.presets.iclr2026(k=2)))
     prepared, codes = tiny_prepared(model.backbone, 2), tiny_codes(model.backbone, 2, 16)
     x = model.backbone.embed_tokens(codes)

@@ -7,8 +7,8 @@ import pytest
 
 from t2i.models.llamagen.captions import WORDS, caption_losses, clean_caption
 
-# (caption, what LlamaGen's cleaning makes of it). Leaving out any one rule, or the second pass,
-# fails at least one row.
+# (caption, result of LlamaGen's cleaning). If any one rule or the second pass is left out, at least
+# one row fails.
 OFFICIAL = [
     ("A Photo of  a RED circle. ", "a photo of a red circle."),
     ("a+red%20circle%2C+%C3%A9tude", "a red circle, \xe9tude"),
@@ -95,7 +95,7 @@ def test_chinese_caption_becomes_empty():
         "1234567 a",
     ],
 )
-def test_words_that_cleaning_takes_out_are_noted(caption):
+def test_words_that_cleaning_removes_are_noted(caption):
     assert caption_losses(caption, clean_caption(caption)) == [WORDS]
 
 
@@ -109,12 +109,12 @@ def test_words_that_cleaning_takes_out_are_noted(caption):
         "ＴＨＥ ﬁnest",
     ],
 )
-def test_captions_that_lose_no_word(caption):
+def test_captions_that_lose_no_word_get_no_note(caption):
     assert caption_losses(caption, clean_caption(caption)) == []
 
 
-def test_markup_that_the_parser_rejects_is_no_error():
-    # What becomes of it differs between Python versions; some parsers refuse it altogether.
+def test_markup_that_the_parser_rejects_is_not_an_error():
+    # The result differs between Python versions; the parser of some rejects this markup.
     assert isinstance(clean_caption("<![x a cat"), str)
 
 
@@ -130,7 +130,7 @@ def test_only_strings_are_captions(caption):
         clean_caption(caption)
 
 
-def test_import_leaves_transformers_alone():
+def test_import_does_not_load_transformers():
     code = "import sys, t2i.models.llamagen.captions; print('transformers' in sys.modules)"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -58,8 +58,8 @@ def test_a_finished_model_needs_no_training_state(tiny_world, plain):
         train(tiny_run(tiny_world, "slim", resume=True))
 
 
-def test_a_stride_that_was_trained_is_refused(plain, tmp_path):
-    """A checkpoint from before strides became a way of drawing; without one it is read."""
+def test_a_checkpoint_trained_with_a_stride_is_refused(plain, tmp_path):
+    """Such checkpoints are older than strides as an option for drawing; with stride 1 they load."""
     folder = shutil.copytree(plain, tmp_path / "earlier")
     for stride in (1, 2):
         with edited(folder / "config.json") as config:
@@ -95,7 +95,7 @@ def test_only_the_newest_checkpoints_are_kept(tiny_world):
     assert [f.name for f in found] == ["step_000003", "step_000004"]
 
 
-def test_another_or_missing_base_is_refused(tiny_world, tmp_path):
+def test_a_changed_or_missing_base_is_refused(tiny_world, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_world / "base", base)
     folder = train(tiny_run(tiny_world, "moved", tuning="codec", backbone__weights=str(base)))

@@ -1,5 +1,5 @@
-"""The offline world of class-conditional models: its images, its exact score, and what its recipe
-does after a kill.
+"""The offline world of class-conditional models: its images, its exact score, and that its recipe
+and programs can be killed and resumed.
 """
 
 import json
@@ -55,7 +55,7 @@ def test_no_object_and_two_objects_are_wrong():
     assert not verdicts_on(np.stack([empty, both]), [0, 0]).any()
 
 
-def test_standard_errors_are_those_of_shares_and_of_pairs():
+def test_standard_errors_of_shares_and_of_paired_differences():
     first = np.zeros((100, 3), bool)
     second = first.copy()
     second[:20] = True
@@ -65,7 +65,7 @@ def test_standard_errors_are_those_of_shares_and_of_pairs():
 
 
 def write_samples(path, *, count=40, seed=0, classes=20, wrong=0):
-    """A file as launch/sample_imagenet.py leaves it, of true images; the first few are of another
+    """Write true images like launch/sample_imagenet.py does; the first `wrong` of them show another
     class.
     """
     labels = sample_labels(count, 20, balanced=True, seed=seed).numpy()
@@ -88,7 +88,7 @@ def test_files_are_scored_and_compared(tmp_path, capsys):
     assert Image.open(sheet).width > 20 * 48
 
 
-def test_wrong_files_are_named(tmp_path, capsys):
+def test_wrong_files_are_refused(tmp_path, capsys):
     a, seed = write_samples(tmp_path / "a.npz"), write_samples(tmp_path / "seed.npz", seed=1)
     plain = tmp_path / "plain.npz"
     np.savez(plain, arr_0=drawn([0]))
@@ -117,8 +117,8 @@ def tiny_recipe(out) -> ClassBase:
     return ClassBase("rar", out=out, tokenizer_steps=2, steps=4, **shape)
 
 
-def test_a_stopped_recipe_goes_on(recipe, tmp_path, monkeypatch):
-    """What a request to stop leaves is an unfinished base, not the base."""
+def test_a_stopped_recipe_resumes(recipe, tmp_path, monkeypatch):
+    """A request to stop leaves an unfinished base, which is not taken for the finished one."""
     plain_step, trained = Run.train_step, []
 
     def stop(run):
@@ -153,7 +153,7 @@ def test_impossible_recipes_write_nothing(recipe, tmp_path, option, value):
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_kept_for_another_recipe(recipe, tmp_path):
+def test_a_folder_of_another_recipe_is_refused(recipe, tmp_path):
     make_class_base(recipe)
     with pytest.raises(ValueError, match=r"'steps': 4.*'steps': 5"):
         make_class_base(replace(recipe, steps=5))
@@ -162,7 +162,7 @@ def test_nothing_is_kept_for_another_recipe(recipe, tmp_path):
     assert len(LabelledFolder(tmp_path / "images").paths) == 4 * len(CLASSES)
 
 
-def test_what_fine_tuning_holds_out_no_base_has_seen(recipe):
+def test_bases_do_not_train_on_what_fine_tuning_holds_out(recipe):
     config = class_bases.pretraining(ClassBase("rar"), recipe.out, recipe.out)
     tuning = recipes()["rar-shapes"][1]
     total = len(CLASSES) * ClassBase("rar").images_per_class
@@ -174,7 +174,7 @@ def test_what_fine_tuning_holds_out_no_base_has_seen(recipe):
 # -- processes -------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["sample_imagenet", "train_imagenet"])
-def test_one_or_two_processes_and_any_kill_leave_the_same(killed, program):
+def test_killed_programs_of_one_or_two_processes_leave_the_same_files(killed, program):
     whole, *others = (killed / f"{program}-{name}" for name in ("whole", "1", "2"))
     for folder in others:
         assert folder_content(folder) == folder_content(whole), "images, or the store of codes"
@@ -194,7 +194,7 @@ def test_one_or_two_processes_have_the_same_losses(killed):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """Programs that were killed at random moments, and what they left in the end."""
+    """The output of tests/killed_classes.py: what programs left that were killed and run again."""
     root = tmp_path_factory.mktemp("killed")
     base = make_class_base(tiny_recipe(root / "classes"))
     script = ROOT / "tests" / "killed_classes.py"

@@ -1,5 +1,5 @@
-"""Cases 9, 28: an export of every family stands alone, names nothing of the machine that wrote it,
-and is uploaded in a second try.
+"""Cases 9, 28: an export of every family is self-contained and contains no path of the machine that
+wrote it, and its upload can be tried again.
 """
 
 import json
@@ -29,7 +29,7 @@ from t2i.tuning import LoRAConfig
 
 
 def class_base(backbone, folder):
-    """A backbone folder of a class-conditional family, its tokenizer a file of its own."""
+    """Write a backbone folder of a class-conditional family, with the tokenizer in its own file."""
     folder.mkdir()
     backbone.save_official(folder, torch.float32)
     torch.save(backbone.tokenizer.state_dict(), folder / "vq.bin")
@@ -39,7 +39,7 @@ def class_base(backbone, folder):
 
 
 def magvit_with_its_tokenizer_inside(folder):
-    """As published: one file, given by its path."""
+    """An Open-MAGVIT2 loaded as it is published: from one file, given by its path."""
     backbone = tiny_open_magvit2()
     folder.mkdir()
     inside = {f"first_stage_model.{k}": v for k, v in backbone.tokenizer.state_dict().items()}
@@ -48,6 +48,7 @@ def magvit_with_its_tokenizer_inside(folder):
 
 
 def of_family(family, folder):
+    """A backbone of a family, loaded from files written to `folder`, and two conditions for it."""
     if family == "llamagen":
         return t2i.load_backbone("llamagen", write_tiny_base(folder)), PROMPTS
     if family == "janus":
@@ -60,7 +61,10 @@ def of_family(family, folder):
 
 
 @pytest.mark.parametrize("family", ["llamagen", "janus", "rar", "open_magvit2"])
-def test_an_export_stands_alone(family, tmp_path, monkeypatch):
+def test_an_export_is_self_contained(family, tmp_path, monkeypatch):
+    """It draws the checkpoint's images after the checkpoint and its base are deleted, it can be
+    moved, and it contains no path.
+    """
     source = tmp_path / "source"
     backbone, prompts = of_family(family, source)
     if family in ("llamagen", "janus"):
@@ -91,7 +95,7 @@ def test_an_export_stands_alone(family, tmp_path, monkeypatch):
     for file in moved.rglob("*"):
         if file.is_file():
             assert str(tmp_path).encode() not in file.read_bytes(), file
-    # The base in it is a base like any other.
+    # The base in it can be loaded like any other base.
     base = t2i.load_backbone(family, moved)
     assert len(t2i.generate(t2i.attach(base, t2i.presets.base()), prompts[:1], progress=False)) == 1
     card = (moved / "README.md").read_text()
@@ -101,7 +105,9 @@ def test_an_export_stands_alone(family, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", ["llamagen", "janus"])
 def test_the_base_of_an_export_draws_with_the_checkpoints_settings(family, tmp_path):
-    """It had those of the first base: a model trained with guidance built in got it twice."""
+    """Used to draw with the settings of the original base: a model trained to need no guidance was
+    guided all the same.
+    """
     backbone, _ = of_family(family, tmp_path / "source")
     model = t2i.attach(backbone, t2i.presets.iclr2026(k=2))
     model.sampling = SamplingConfig(cfg_scale=1.0, top_k=7, stride=2, draft_temperature=0.5)
@@ -113,11 +119,13 @@ def test_the_base_of_an_export_draws_with_the_checkpoints_settings(family, tmp_p
         assert stored["guidance_scale"] < 1.001 and stored["top_k"] == 7
     else:
         base = t2i.load_backbone(family, out)
-        assert base.spec.sampling == SamplingConfig(cfg_scale=1.0, top_k=7), "it has no windows"
+        assert base.spec.sampling == SamplingConfig(cfg_scale=1.0, top_k=7), "a base has no windows"
 
 
-def test_what_an_export_was_made_from_is_not_forgotten(tmp_path):
-    """Case 25: GenEval takes the shapes world's prompts and judge for what starts from it."""
+def test_an_export_remembers_its_original_base(tmp_path):
+    """Case 25: for all models that descend from a base of the shapes world, GenEval uses that
+    world's prompts and judge.
+    """
     model = t2i.attach(t2i.load_backbone("llamagen", "shapes"), t2i.presets.base())
     old = t2i.save_pretrained(model, tmp_path / "old", tuning="codec")
     out = export(ExportOptions(old, tmp_path / "out"))
@@ -129,7 +137,7 @@ def test_what_an_export_was_made_from_is_not_forgotten(tmp_path):
     assert is_shapes_world(BenchmarkOptions(ckpt=str(tmp_path / "second")))
 
 
-def test_a_text_encoder_of_the_hub_is_named_and_not_copied(tmp_path, monkeypatch):
+def test_a_text_encoder_from_the_hub_is_named_and_not_copied(tmp_path, monkeypatch):
     base = write_tiny_base(tmp_path / "base")
     encoder = shutil.move(base / "text_encoder", tmp_path / "snapshot")
     monkeypatch.setattr("t2i.models.llamagen.t5_files.fetch_model", lambda *a, **k: encoder)
@@ -146,8 +154,8 @@ def test_a_text_encoder_of_the_hub_is_named_and_not_copied(tmp_path, monkeypatch
     assert t2i.from_pretrained(out).backbone.frozen.text_encoder.folder == encoder
 
 
-def test_a_second_export_to_a_folder_is_refused(shapes_ckpt, tmp_path, capsys):
-    """Case 5: it would delete what the first one writes, and then fail to put its own there."""
+def test_a_second_export_to_a_folder_at_the_same_time_is_refused(shapes_ckpt, tmp_path, capsys):
+    """Case 5: it would delete the files that the first one is writing, and then fail itself."""
     with owning(tmp_path, "export", "out"):
         (tmp_path / "out.t2i-partial").mkdir()
         message = refused(program, capsys, "--ckpt", shapes_ckpt, "--out", tmp_path / "out")
@@ -156,14 +164,14 @@ def test_a_second_export_to_a_folder_is_refused(shapes_ckpt, tmp_path, capsys):
     assert not (tmp_path / "out.t2i-partial").exists()
 
 
-def test_model_card_names_no_place():
+def test_the_model_card_contains_no_paths():
     source = {"family": "rar", "weights": "/home/me/rar.bin"}
     run = {"data": {"source": ["../me/private/pictures", "/home/me/more"]}}
     config = {"backbone": source, "tuning": "full", "kit_version": "1", "method": {"k": 2}}
     card = model_card(config | {"training": {"config": run | {"optim": {}}}}, "class")
     assert "| data | pictures, more |" in card and "| base | rar.bin |" in card
     assert "/me/" not in card and "base_model" not in card
-    source["weights"] = ".."  # of an export: it named a folder of this machine
+    source["weights"] = ".."  # of an export: the card used to show a folder of this machine
     card = model_card(config | {"training": {}}, "class")
     assert "| base | an export of this kit |" in card
     source["weights"] = "owner/repo:file.bin"
@@ -180,16 +188,17 @@ def test_model_card_names_no_place():
     ],
 )
 def test_sample_call_of_the_model_card(kind, asked, call):
-    """It asked without the words that the model was trained to wait for, and for class 207 of
-    ten."""
+    """The call contains the trigger words, and a class that the model has. Used to leave out the
+    words, and to ask models of ten classes for class 207.
+    """
     config = {"backbone": {"family": "rar", "weights": "w"}, "tuning": "full", "method": {"k": 2}}
     training = {"data": {"trigger": "{caption}, by xyz"}, "optim": {}}
     config |= {"kit_version": "1", "training": {"config": training}}
     assert f"t2i.generate(model, {call})" in model_card(config, kind, asked=asked)
 
 
-def test_prompts_without_trigger_words_are_told(tmp_path, caplog, monkeypatch):
-    """By the run's checkpoint, its export, and the export of that."""
+def test_prompts_without_trigger_words_are_reported(tmp_path, caplog, monkeypatch):
+    """When drawing with the run's checkpoint, with its export, and with an export of that."""
     monkeypatch.chdir(tmp_path)
     backbone = t2i.load_backbone("llamagen", write_tiny_base(tmp_path / "base"))
     run = {"data": {"trigger": "drawn by xyz"}, "optim": {}}
@@ -207,8 +216,8 @@ def test_prompts_without_trigger_words_are_told(tmp_path, caplog, monkeypatch):
         assert "'drawn by xyz, a dog' has them" in said[0]
 
 
-def test_scores_of_nothing_are_dashes(tmp_path):
-    """FID has no precision of few images, and DPG-Bench no official mean where none counts."""
+def test_missing_scores_are_shown_as_dashes(tmp_path):
+    """FID has no precision for few images, and DPG-Bench no official mean if no prompt counts."""
     scores = {"fid": 3.25, "precision": None, "overall": {"mean": None, "stderr": None}}
     write_json(tmp_path / "results.json", {"benchmark": "FID", "scores": scores})
     shown = [row.split(" | ")[1:3] for row in _score_rows(tmp_path / "results.json")]
@@ -217,7 +226,9 @@ def test_scores_of_nothing_are_dashes(tmp_path):
 
 # -- case 28: the upload --------------------------------------------------------------------------
 def test_upload_without_a_network(shapes_ckpt, tmp_path, capsys, monkeypatch):
-    """Found before the export; if it breaks after it, the same command uploads what is there."""
+    """A hub that cannot be reached is noticed before exporting. If the upload fails later, the same
+    command uploads the finished export.
+    """
     out, push = tmp_path / "out", ("--push-to-hub", "me/mine")
     arguments = ("--ckpt", shapes_ckpt, "--out", out)
     message = refused(program, capsys, *arguments, *push)
@@ -242,11 +253,10 @@ def test_upload_without_a_network(shapes_ckpt, tmp_path, capsys, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == written
     other = shutil.copytree(shapes_ckpt, tmp_path / "other")
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
-    manifest = json.loads((other / "manifest.json").read_text())
     monkeypatch.setattr(
         "t2i.export_folder.read_config", lambda f: json.loads((f / "config.json").read_text())
     )
-    assert manifest and "exists; export to a new folder" in refused(
+    assert "exists; export to a new folder" in refused(
         program, capsys, "--ckpt", other, "--out", out, *push
     )
 
@@ -262,7 +272,7 @@ def test_a_program_bug_keeps_its_traceback(monkeypatch):
         prepare_upload("me/mine")
 
 
-def test_places_are_looked_at_before_the_work(shapes_ckpt, tmp_path, capsys):
+def test_bad_options_are_refused_before_exporting(shapes_ckpt, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     inside = tmp_path / "file" / "out"
     assert "cannot write" in refused(program, capsys, "--ckpt", shapes_ckpt, "--out", inside)
@@ -280,8 +290,8 @@ def test_places_are_looked_at_before_the_work(shapes_ckpt, tmp_path, capsys):
         assert "the score 'a' has no number" in refused(program, capsys, *arguments)
 
 
-def test_numbers_that_a_type_cannot_hold_are_not_exported(tmp_path):
-    """float16 ends at 65504: the export held infinities, and could not be loaded."""
+def test_weights_too_large_for_the_dtype_are_not_exported(tmp_path):
+    """Used to export infinities (float16 ends at 65504), and the export could not be loaded."""
     backbone, _ = of_family("llamagen", tmp_path / "source")
     with torch.no_grad():
         next(backbone.parameters()).view(-1)[0] = 1e5

@@ -1,5 +1,5 @@
-"""FID, sFID, Inception Score, precision, recall, resize and network against outputs of OpenAI's ADM
-evaluator under TensorFlow.
+"""FID, sFID, Inception Score, precision, recall, image resizing and the Inception network against
+outputs of OpenAI's ADM evaluator under TensorFlow.
 """
 
 import json
@@ -37,7 +37,7 @@ class EvaluatorCase:
         return torch.from_numpy(self.features[name].astype(np.float32))[:first]
 
     def spatial(self, name):
-        """The stored maps [N, H, W, C] as our network has them, flattened by our rule."""
+        """The stored maps [N, H, W, C], put in our network's layout and flattened by our rule."""
         maps = self.array(f"spatial_{name}_nhwc").movedim(-1, 1)
         return inception.flatten_spatial(maps, self.config["sfid_channels"])
 
@@ -138,11 +138,11 @@ def test_precision_and_recall_as_the_evaluator_rounds(case):
             u, v = (sets[side] for side in pair.split("_"))
             assert bool(measures.half_distances(u, v).isfinite().all()) == took, (name, pair)
         found = measures.compare_manifolds(reference, samples, neighbour=case.neighbour)
-        # The only case in which rounding decides; the expected values are those of one CPU.
+        # Only in this case the result depends on rounding; the expected values come from one CPU.
         tolerance = 0.01 if name == "small" else 0
         assert close(found.precision, entry["official_precision"], absolute=tolerance), name
         assert close(found.recall, entry["official_recall"], absolute=tolerance), name
-        # Half precision rounds at the size of the norms, however small a distance is.
+        # The rounding error of half precision grows with the norms, not with the distances.
         largest = max(float(side.square().sum(1).max()) for side in (reference, samples))
         rounding = 2e-3 * largest if any(entry["official_took_fp16_branch"].values()) else 0
         for side, radii in (("ref", found.reference_radii), ("sample", found.sample_radii)):
@@ -182,7 +182,7 @@ def test_resize(case):
 
 
 def formula_weights(name, shape):
-    """The weights of the golden network: a hash of the key's name and the place."""
+    """Weights of the golden network: each is a hash of its key's name and its position."""
     x = np.arange(np.prod(shape), dtype=np.uint32) * np.uint32(2654435761)
     seed = zlib.crc32(name.encode()) * 2246822519 + 374761393
     x += np.uint32(seed % 2**32)

@@ -19,7 +19,7 @@ assert FOLDERS or "T2I_GOLDEN" in os.environ, f"no mPLUG case under {GOLDEN_ROOT
 
 
 class Case:
-    """A model folder, its judge and what is expected of it."""
+    """A model folder with its judge and its expected outputs."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -62,8 +62,8 @@ def test_images(golden):
         pixels = preprocess(golden.image(name), golden.model.config.image_res)
         expected = golden.tensors[f"image_tensor.{index}"]
         torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
-        # Connected layers of the reference add to the image features in place: what was recorded is
-        # what its first question left of them.
+        # The reference's connected layers change the image features in place, so the recorded
+        # features are those after its first question about the image.
         first = golden.cases[golden.images.index(name)]
         _, image, _, _ = golden.fused(first)
         expected = golden.tensors[f"image_embeds.{index}"]

@@ -63,7 +63,7 @@ def assert_equal(summary, expected):
 
 
 def failed_items(expected, graph):
-    """The prompts that the official script failed at (stray files are another matter)."""
+    """The prompts at which the official script failed (it also lists stray files as failed)."""
     names = [m.removeprefix("Failed filename: ") for m in expected.get("failed_messages", ())]
     stems = {name.split()[0].split(".")[0] for name in names}
     return stems & set(graph.items)
@@ -84,7 +84,7 @@ def test_corrected(case):
     report = score(graph, answers, images_per_prompt=count)
     assert_equal(report.corrected, expected["corrected"])
     assert report.corrected.skipped == {}
-    # The two are told apart, and the judge is named.
+    # The text labels both scores and names the judge.
     text = format_scores(report, "a table")
     columns = " | ± | images | prompts |"
     assert f"judged by a table | official{columns} corrected{columns}" in text

@@ -1,5 +1,5 @@
-"""Janus-Pro against outputs of the official implementation, from every layout that it is published
-in, through our sampler and loss.
+"""Janus-Pro, loaded from each of its published layouts, against outputs of the official
+implementation, through our sampler and loss.
 """
 
 import json
@@ -40,7 +40,7 @@ if not CASES:
 
 
 def layouts() -> list:
-    """(case, folder) for both namings of every case, and for .bin shards of the same tensors."""
+    """(case, folder) for both naming schemes of every case, and for .bin shards of its tensors."""
     found = []
     for parameter in CASES:
         case = parameter.values[0]
@@ -137,7 +137,7 @@ def greedy(model, prepared, scale):
 
 @pytest.mark.parametrize("run", ["cfg", "cfg1"])
 def test_greedy_ids(case, model, prepared, run):
-    """As one padded batch, and each prompt by itself."""
+    """Greedy codes equal the official ones, for a padded batch and for each prompt alone."""
     expected = case.expected(f"greedy_ids_{run}")
     scale = case.config["cfg_weight"] if run == "cfg" else 1.0
     assert torch.equal(greedy(model, prepared, scale), expected)
@@ -147,7 +147,9 @@ def test_greedy_ids(case, model, prepared, run):
 
 
 def test_sampled_ids(case, model):
-    """With torch's own generator in the official order: one multinomial a token over the batch."""
+    """Driven by torch's generator in the official order (one multinomial over the batch per token),
+    sampling gives the official codes.
+    """
     expected, settings = case.expected("sampled_ids"), case.config["sampling_example"]
     text = examples(case.folder)[settings["prompt_index"]]["text"]
     config = SamplingConfig(cfg_scale=settings["cfg_weight"], temperature=settings["temperature"])
@@ -173,7 +175,7 @@ def test_decoded_images(case, model):
     close(model.backbone.tokenizer.decode(grid), case.expected("greedy_decoded"), 5e-4)
     off = model.backbone.decode_images(codes[..., None]).int()
     off = off - case.expected("greedy_decoded_uint8").int()
-    # Rounding instead of cutting off differs by one level on about half of the pixels.
+    # Rounding instead of truncating would differ by one level on about half of the pixels.
     assert off.abs().max() <= 1 and (off != 0).float().mean() < 0.01
 
 
@@ -184,15 +186,13 @@ def test_shape(case, model):
     assert spec.num_tokens == case.config["num_image_tokens"]
     assert spec.subvocabs == (case.config["vq"]["codebook_size"],)
     assert (spec.dim, spec.num_heads) == (language["hidden_size"], language["num_attention_heads"])
-    assert spec.sampling == SamplingConfig(cfg_scale=5.0), (
-        "the authors', whatever a case draws with"
-    )
+    assert spec.sampling == SamplingConfig(cfg_scale=5.0), "the authors' default, not the case's"
     assert model.backbone.tokenizer.downsample == case.config["vq"]["downsample"]
 
 
 def test_both_namings_are_one_model(case, model):
-    """All weights of the transformers folder, the understanding side included, and nothing else but
-    a text head that is tied to the embedding.
+    """Both naming schemes load the same weights: exactly those of the transformers folder, with the
+    understanding side. (A text head that is not stored is tied to the embedding.)
     """
     other = base_model(case.folder / case.config["hf_dir"]).backbone
     for ours, theirs in (
@@ -232,7 +232,9 @@ def test_shapes_only_reads_no_data(layout, model):
 
 
 def test_a_folder_without_the_understanding_side_is_named(case, tmp_path):
-    """In DeepSeek's layout widths and depths are read off the weights."""
+    """The error says so if the understanding side's weights are missing. (In DeepSeek's layout, its
+    sizes are inferred from them.)
+    """
     stored = read_folder(case.folder / case.config["original_dir"])
     kept = {k: v for k, v in stored.items() if not k.startswith("vision_model.")}
     original_with(case, kept, tmp_path)
@@ -241,7 +243,7 @@ def test_a_folder_without_the_understanding_side_is_named(case, tmp_path):
 
 
 def original_with(case, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Make DeepSeek's folder of a case again, with these weights."""
+    """Write the case's folder in DeepSeek's layout again, with these weights."""
     for path in (case.folder / case.config["original_dir"]).glob("*.json"):
         if not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
@@ -250,7 +252,9 @@ def original_with(case, weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "one layer"])
 def test_an_aligner_of_one_layer(case, tmp_path, kind):
-    """DeepSeek's code names the layer by its place, or, where it is alone by its type, not."""
+    """A one-layer aligner loads under both of DeepSeek's names: `layers.0` if it is an MLP of depth
+    1, `layers` if its type is `linear`.
+    """
     stored = read_folder(case.folder / case.config["original_dir"])
     stored = {k: v for k, v in stored.items() if not re.match(r"gen_aligner\.layers\.[1-9]", k)}
     place = "gen_aligner.layers.0."
@@ -260,7 +264,7 @@ def test_an_aligner_of_one_layer(case, tmp_path, kind):
         params = config["gen_aligner_config"]["params"]
         del params["depth"]
         if kind == "linear":
-            params |= {"projector_type": "linear", "depth": 2}  # which it does not heed
+            params |= {"projector_type": "linear", "depth": 2}  # `linear` ignores depth
     codes = case.input("image_codes")
     weight, bias = stored[place + "weight"].float(), stored[place + "bias"].float()
     expected = F.linear(stored["gen_embed.weight"].float()[codes], weight, bias)
@@ -269,7 +273,7 @@ def test_an_aligner_of_one_layer(case, tmp_path, kind):
 
 @pytest.mark.parametrize("part", ["gen_vision_config", "gen_head_config", "aligner_config"])
 def test_a_configuration_of_other_weights_is_refused(case, tmp_path, part):
-    """In DeepSeek's layout: what is read off the weights has to be what is stated."""
+    """In DeepSeek's layout, sizes stated in config.json must be those inferred from the weights."""
     folder = shutil.copytree(case.folder / case.config["original_dir"], tmp_path / "copy")
     with edited(folder / "config.json") as config:
         params = config[part]["params"]
@@ -280,7 +284,7 @@ def test_a_configuration_of_other_weights_is_refused(case, tmp_path, part):
 
 
 def test_an_aligner_that_no_janus_pro_has_is_refused(case, tmp_path):
-    """Its layers have the names of another kind's."""
+    """An aligner of unknown type is refused, although its layer names may fit a known type."""
     folder = shutil.copytree(case.folder / case.config["original_dir"], tmp_path / "copy")
     with edited(folder / "config.json") as config:
         config["gen_aligner_config"]["params"]["projector_type"] = "identity"
@@ -296,7 +300,9 @@ def test_an_aligner_that_no_janus_pro_has_is_refused(case, tmp_path):
     ],
 )
 def test_another_image_tokenizer_than_stated_is_refused(case, tmp_path, setting, value, said):
-    """In transformers' layout, which exports repeat."""
+    """In transformers' layout, vq_config must fit the image tokenizer's weights, because exports
+    copy it.
+    """
     folder = shutil.copytree(case.folder / case.config["hf_dir"], tmp_path / "copy")
     with edited(folder / "config.json") as config:
         config["vq_config"][setting] = value

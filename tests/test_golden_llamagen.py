@@ -69,7 +69,7 @@ def test_loss(case, model, prepared):
 
 
 def test_cached_logits(case, model, prepared):
-    """Prefill and single steps give the official teacher-forced logits of both halves."""
+    """Prefill and single steps give the official teacher-forced logits, conditional and null."""
     (logits,) = cached(model, prepared, case.input("image_codes")[..., None])
     cond, null = logits.chunk(2)
     torch.testing.assert_close(cond[:, 0], case.expected("step0_logits_cond"), atol=1e-4, rtol=0)
@@ -92,7 +92,9 @@ def test_greedy_ids(case, model, prepared, run):
 
 
 def test_sampled_ids(case, model, prepared):
-    """With torch's own generator in the official order: one multinomial a token over the batch."""
+    """Driven by torch's generator in the official order (one multinomial over the batch per token),
+    sampling gives the official codes.
+    """
     expected, settings = case.expected("sampled_ids"), dict(case.config["sampling_example"])
     torch.manual_seed(settings.pop("seed"))
     config = SamplingConfig(**settings)
@@ -101,8 +103,9 @@ def test_sampled_ids(case, model, prepared):
 
 
 def test_raw_layout_is_the_nested_one(case, model):
+    """A file of bare weights loads the same model as one that nests them."""
     if "checkpoint_file_raw_layout" not in case.config:
-        pytest.skip("one layout only")
+        pytest.skip("the case has one layout only")
     path = case.folder / case.config["checkpoint_file_raw_layout"]
     raw = LlamaGen.load(path, LoadOptions(config_of(case.config))).state_dict()
     nested = model.backbone.state_dict()

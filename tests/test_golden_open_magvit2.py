@@ -67,6 +67,7 @@ def prepared(case):
 
 @pytest.mark.parametrize("drop", [False, True], ids=["cond", "null"])
 def test_teacher_forced_logits(case, model, prepared, drop):
+    """Logits equal the official ones, whether computed for all sub-tokens at once or one by one."""
     codes = codes_of(case.input, "codes_{}")
     every = teacher_forced(model, prepared, codes, drop)
     condition = model.backbone.encode_condition(prepared, torch.full((len(codes),), drop))
@@ -85,7 +86,7 @@ def test_loss(case, model, prepared):
 
 
 def test_cached_logits(case, model, prepared):
-    """Prefill and single steps give the official teacher-forced logits of both halves."""
+    """Prefill and single steps give the official teacher-forced logits, conditional and null."""
     every = cached(model, prepared, codes_of(case.input, "codes_{}"))
     for part, logits in zip(SUB_TOKENS, every, strict=True):
         cond, null = logits.chunk(2)
@@ -103,8 +104,8 @@ def test_greedy_codes(case, model, prepared, run):
 
 
 def test_sampled_codes(case, model, prepared):
-    """With torch's own generator in the official order: for each code one multinomial for `pre`,
-    then one for `post`.
+    """Driven by torch's generator in the official order (for each code one multinomial for `pre`,
+    then one for `post`), sampling gives the official codes.
     """
     expected = codes_of(case.expected, "sampled_{}")
     settings = dict(case.config["sampling_example"])
@@ -170,6 +171,7 @@ def test_both_weight_sets_of_a_tokenizer_file(tokenizer_case, weights):
 
 
 def test_a_generator_reads_the_raw_weights(tokenizer_case):
+    """By default, the raw weights of a tokenizer's file are loaded, not the averaged ones."""
     path = tokenizer_case.folder / tokenizer_case.config["checkpoint_file"]
     latents = LFQTokenizer.load(path).latents(tokenizer_case.input("image"))
     close(latents, tokenizer_case.expected("raw_prequant_latent"), atol=1e-4)
@@ -202,8 +204,8 @@ def test_uint8_rule():
 
 
 def backbone_around(codes, bits) -> OpenMAGVIT2:
-    """A backbone of one code per image, whose tokenizer gives these codes and keeps the ones that
-    it is given.
+    """A backbone with one code per image. Its tokenizer encodes every image as `codes`, and records
+    the codes that it is asked to decode.
     """
 
     class Tokenizer:

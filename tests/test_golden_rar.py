@@ -27,7 +27,7 @@ IMAGES = {"atol": 5e-4, "rtol": 0}
 
 
 def sampling_of(scale: float, power: float, **settings) -> SamplingConfig:
-    """The reference runs without a null branch at scale 0; here that is scale 1."""
+    """Our settings for the reference's: it switches guidance off by scale 0, we do by scale 1."""
     return SamplingConfig(cfg_scale=scale or 1.0, cfg_power=power if scale else 0.0, **settings)
 
 
@@ -105,7 +105,9 @@ def test_teacher_forced_logits(case, model, prepared, drop):
 
 
 def test_last_position(case, model, prepared):
-    """The reference also feeds the last token, which has no position to predict."""
+    """Logits are equal at all positions, including the one after the last token: it predicts
+    nothing, but the reference feeds that token too.
+    """
     expected, backbone = case.expected("tf_logits_cond_all_positions"), model.backbone
     condition = backbone.encode_condition(prepared)
     x = torch.cat(
@@ -118,8 +120,8 @@ def test_last_position(case, model, prepared):
 
 
 def test_permuted_orders(case, model, prepared):
-    """Another order permutes the rows of image positions and of targets, but neither the timesteps
-    nor the prefix.
+    """Official logits for a permuted order equal ours with the rows of image positions and targets
+    permuted; neither the timesteps nor the prefix are.
     """
     orders, codes = case.input("orders"), case.input("image_codes")
     expected, labels = case.expected("tf_logits_permuted"), case.expected("labels_permuted")
@@ -137,7 +139,9 @@ def test_permuted_orders(case, model, prepared):
 
 
 def test_epsilon(case, model):
-    """Too small to move logits beyond their tolerance: seen where the variance is as small."""
+    """The layer norms have the official epsilon. It hardly changes the logits, so it is tested on
+    inputs whose variance is as small as epsilon.
+    """
     eps, gpt = case.config["layer_norm_eps"], model.backbone.gpt
     assert {m.eps for m in gpt.modules() if isinstance(m, torch.nn.LayerNorm)} == {eps}
     x = eps**0.5 * torch.randn(1, 4, gpt.lm_head.in_features)
@@ -153,7 +157,7 @@ def test_loss(case, model, prepared):
 
 
 def test_cached_logits(case, model, prepared):
-    """Prefill and single steps give the official teacher-forced logits of both halves."""
+    """Prefill and single steps give the official teacher-forced logits, conditional and null."""
     (logits,) = cached(model, prepared, case.input("image_codes")[..., None])
     cond, null = logits.chunk(2)
     torch.testing.assert_close(cond, case.expected("tf_logits_cond"), **LOGITS)
@@ -187,8 +191,8 @@ def test_guidance_table(model):
 
 
 def test_sampled_ids(case, model, prepared):
-    """With torch's own generator in the official order: a condition-drop mask, then one multinomial
-    over the batch per token.
+    """Driven by torch's generator in the official order (a condition-drop mask, then one
+    multinomial over the batch per token), sampling gives the official codes.
     """
     expected, settings = case.expected("sampled_ids"), case.config["sampling_example"]
     config = sampling_of(
@@ -238,7 +242,7 @@ def test_uint8_images(case, painter):
     images = painter.decode_images(case.expected("image_codes_encoded")[..., None])
     off = images.int() - case.expected("image_decoded_uint8").int()
     assert images.dtype == torch.uint8
-    # Rounding in place of truncation differs on half of the pixels: few may differ at all.
+    # Rounding instead of truncating would differ on half of the pixels, so only few may differ.
     assert off.abs().max() <= 1 and (off != 0).float().mean() < 0.01
 
 
@@ -248,6 +252,7 @@ def test_uint8_rule():
 
 
 def test_codebook_noise_reads_the_plain_rows(case, tokenizer, painter):
+    """Codebook noise mixes the codebook's rows as they are stored, not normalized."""
     rows = tokenizer.state_dict()["quantize.embedding.weight"]
     assert torch.equal(painter.code_vectors()[0], rows)
     assert not torch.allclose(rows, F.normalize(rows, dim=-1))

@@ -71,7 +71,7 @@ def test_uint8_images(case, backbone):
     images = backbone.decode_images(case.expected("image_codes")[..., None])
     off = images.int() - case.expected("image_decoded_uint8_llamagen").int()
     assert images.dtype == torch.uint8
-    # Janus' rule differs by one level on about half of the pixels: few may differ at all.
+    # Janus' rule would differ by one level on about half of the pixels, so only few may differ.
     assert off.abs().max() <= 1 and (off != 0).float().mean() < 0.01
 
 

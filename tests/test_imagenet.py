@@ -1,4 +1,4 @@
-"""ImageNet: views of an image, folders of classes, and their store of codes."""
+"""ImageNet: views of an image, folders of classes, and the store of their codes."""
 
 import json
 
@@ -41,13 +41,13 @@ def dataset(tmp_path):
 
 
 def encode(pixels):
-    """Codes [B, 2, 1]: red of the first and green of the last pixel, the darkest the highest."""
+    """Codes [B, 2, 1]: red of the first pixel and green of the last, inverted."""
     levels = torch.stack([pixels[:, 0, 0, 0], pixels[:, 1, -1, -1]], 1)
     return ((1 - levels) * 127.5).round().long()[..., None]
 
 
 class ViewEncoder:
-    """Counts views; dies before the view with this number."""
+    """Encodes and counts views; raises Killed instead of exceeding `dies_at`."""
 
     def __init__(self, dies_at=10**9):
         self.seen, self.dies_at = 0, dies_at
@@ -68,7 +68,7 @@ def extract(dataset, folder, views="flip", expected_key=None, **changes):
 
 # -- views -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", [(17, 17), (18, 18), (19, 19)])
-def test_ten_crop_is_torchvisions(size):
+def test_ten_crop_equals_torchvisions(size):
     image = picture(1, *size)
     for view, expected in zip(ten_crop(image, 12), transforms.TenCrop(12)(image), strict=True):
         np.testing.assert_array_equal(view, expected)
@@ -85,7 +85,7 @@ def test_views_of_an_image():
     for i, crop_range in enumerate(views.crop_ranges):
         part = both[10 * i : 10 * i + 10]
         assert torch.equal(part, Views("ten-crop", (crop_range,)).cut(image, 40))
-        # A left corner of the mirror image is a mirrored right corner.
+        # A left corner of the mirrored image is a mirrored right corner.
         assert torch.equal(part[5:7], part[[1, 0]].flip(-1))
         assert len({view.numpy().tobytes() for view in part}) == 10
     with pytest.raises(ValueError, match=r"crop_ranges=\(0\.9,\)"):
@@ -93,7 +93,7 @@ def test_views_of_an_image():
 
 
 def test_crop_ranges_are_llamagens():
-    """int(size * range) pixels: 281 and 268 of 256."""
+    """A crop range is int(size * range) pixels wide: 281 and 268 for a size of 256."""
     image = picture(1, 600, 600)
     for crop_range, side in ((1.1, 281), (1.05, 268)):
         cut = Views("ten-crop", (crop_range,)).cut(image, 256)
@@ -112,18 +112,18 @@ def test_labels_are_positions_of_sorted_classes(dataset, tmp_path):
     dataset.rename(tmp_path / "moved")
     moved = LabelledFolder(tmp_path / "moved")
     assert hash_files(moved.files(), tmp_path) == before
-    picture(3).save(moved.paths[0])  # of the same name, and perhaps the same size
+    picture(3).save(moved.paths[0])  # the same name, and perhaps the same size
     assert hash_files(moved.files(), tmp_path) != before
 
 
 def test_a_class_may_be_named_as_a_split(dataset):
-    """Case 13: train/ is a split if it holds the classes, or else a class among others."""
+    """Case 13: train/ is the split if it holds the classes, otherwise one of the classes."""
     (dataset / "train" / "train").mkdir()
     assert LabelledFolder(dataset / "train").classes == ["n01", "n02", "n03", "train"]
 
 
-def test_what_is_passed_over_is_named(dataset, tmp_path):
-    """Cases 13, 18: broken links and hidden images in the folders of classes."""
+def test_files_that_are_left_out_are_reported(dataset, tmp_path):
+    """Cases 13, 18: broken links, hidden images and unknown formats in the folders of classes."""
     found = LabelledFolder(dataset)
     assert found.left_out == []
     (dataset / "train" / "n01" / "z.png").symlink_to("/gone")
@@ -138,7 +138,9 @@ def test_what_is_passed_over_is_named(dataset, tmp_path):
 
 
 def test_empty_classes_are_part_of_the_data(dataset, tmp_path):
-    """One that is renamed moves the labels of all behind it, and no file changes."""
+    """Renaming an empty class changes the labels of all classes after it, although no file changes:
+    the codes must be encoded again.
+    """
     (dataset / "train" / "n04").mkdir()
     before = extract(dataset, tmp_path / "cache")
     (dataset / "train" / "n04").rename(dataset / "train" / "n00")
@@ -148,8 +150,10 @@ def test_empty_classes_are_part_of_the_data(dataset, tmp_path):
         extract(dataset, tmp_path / "cache", expected_key=before.name)
 
 
-def test_hidden_folders_are_no_classes(dataset):
-    """What a Mac's zip holds besides would shift the labels of classes in small letters."""
+def test_hidden_folders_are_not_classes(dataset):
+    """__MACOSX, found in a Mac's zip files, sorts before lower-case classes and would shift their
+    labels.
+    """
     found = LabelledFolder(dataset)
     for name in ("__MACOSX", ".thumbs"):
         (dataset / "train" / name).mkdir()
@@ -173,8 +177,8 @@ def test_hidden_folders_are_no_classes(dataset):
         (("a", "5"), None),
     ],
 )
-def test_numbers_that_are_not_the_classes(tmp_path, names, remark):
-    """Folders 0 to 999, as scripts write them: class 2 was folder 10, without a word."""
+def test_folders_with_other_numbers_than_their_classes_are_reported(tmp_path, names, remark):
+    """Used to go unnoticed: of folders named 0 to 999, as scripts write them, 10 is class 2."""
     for name in names:
         (tmp_path / name).mkdir()
         picture(0).save(tmp_path / name / "a.png")
@@ -182,7 +186,7 @@ def test_numbers_that_are_not_the_classes(tmp_path, names, remark):
     assert [text.startswith(remark) for text in found] == [True] if remark else found == []
 
 
-def test_other_folders_are_refused(tmp_path):
+def test_folders_without_images_by_class_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"gone is not a folder; give the one that holds val/<class>/"
     ):
@@ -203,7 +207,7 @@ def test_other_folders_are_refused(tmp_path):
 
 
 # -- codes -----------------------------------------------------------------------------------------
-def test_content(dataset, tmp_path):
+def test_the_store_holds_codes_labels_and_names(dataset, tmp_path):
     folder = extract(dataset, tmp_path / "cache")
     store, images = CodeStore(folder), LabelledFolder(dataset)
     usable = [0, 1, 2, 3, 4, 6, 7, 8]
@@ -230,7 +234,7 @@ def test_large_vocabularies_and_several_sub_tokens(dataset, tmp_path):
     assert CodeStore(folder).codes([0]).min() >= 2**16
 
 
-def test_the_folder_follows_the_views(dataset, tmp_path):
+def test_other_views_are_stored_in_another_folder(dataset, tmp_path):
     assert extract(dataset, tmp_path) != extract(dataset, tmp_path, "ten-crop")
 
 

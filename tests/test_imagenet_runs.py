@@ -1,5 +1,5 @@
-"""Class-conditional models of every family offline: images by class -> base -> TensorAR -> resume
--> 50,000 images (well, 8); and their FID.
+"""Class-conditional models of every family, offline: from images by class to a base, TensorAR, a
+resumed run, sampled images (8 instead of 50,000) and FID.
 """
 
 import sys
@@ -56,7 +56,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def base(request, world):
-    """A tiny base of 20 classes, hardly trained."""
+    """A tiny base of 20 classes, trained for 8 steps."""
     recipe = ClassBase(
         request.param,
         out=world,
@@ -71,12 +71,12 @@ def base(request, world):
 
 
 def shapes_recipe(base: Path) -> str:
-    """Name of the recipe of the offline world."""
+    """The name of the offline world's recipe for this base."""
     return f"{base.name.replace('_', '-')}-shapes"
 
 
 def tiny(base: Path, run: str, **changes) -> TrainConfig:
-    """The recipe of the offline world, cut short."""
+    """The offline world's recipe for this base, shortened to 8 steps."""
     config = RECIPES[shapes_recipe(base)][1]
     config = replace(
         config,
@@ -117,11 +117,11 @@ def test_train_resume_sample(base, world, tmp_path, monkeypatch):
     with np.load(out) as arrays:
         images = arrays["arr_0"]
     assert images.shape == (8, 24, 24, 3) and images.std() > 0
-    assert len(np.unique(images, axis=0)) == 8, "every image has random numbers of its own"
+    assert len(np.unique(images, axis=0)) == 8, "every image has its own random numbers"
 
 
 @pytest.mark.slow
-def test_images_are_scored_by_the_whole_network(tmp_path, monkeypatch):
+def test_the_fid_program_runs_the_full_size_network(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(256, size=(8, 24, 24, 3), dtype=np.uint8)
     samples, reference, result = (tmp_path / n for n in ("samples.npz", "ref.npz", "fid.json"))
     np.savez(samples, arr_0=images)
@@ -164,7 +164,7 @@ def test_killed_and_shared_sampling_give_the_same_files(model, tmp_path, monkeyp
         with pytest.raises(Killed):
             draw_all(model, killed)
         assert content(draw_all(model, killed)) == whole
-    assert sum(count) == 7 + 2, "only the batch that died is drawn again"
+    assert sum(count) == 7 + 2, "only the batch that was killed is drawn again"
 
     shared = tmp_path / "shared" / name
     in_threads(lambda rank: draw_all(model, shared, rank, 2))
@@ -174,7 +174,7 @@ def test_killed_and_shared_sampling_give_the_same_files(model, tmp_path, monkeyp
 
 
 def test_classes_and_codes_come_from_different_streams(model, tmp_path, monkeypatch):
-    """Or the first code of an image would tell its class."""
+    """If they came from one stream, the first code of an image would depend on its class's draw."""
     keys = []
 
     def spy(model, prepared, image_keys, *_):
@@ -195,7 +195,7 @@ def test_images_are_resized_before_they_are_clamped():
     codes = torch.randint(48, (2, 16, 1), generator=torch.Generator().manual_seed(0))
     raw = 3 * backbone.tokenizer.decode(codes.view(2, 4, 4))
     backbone.tokenizer.decode = lambda codes: raw
-    assert raw.abs().max() > 1, "or clamping does nothing"
+    assert raw.abs().max() > 1, "otherwise clamping has no effect"
     small = F.interpolate(raw, size=(5, 5), mode="bicubic")
     expected = (127.5 * small + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     assert torch.equal(backbone.decode_images(codes, (5, 5)), expected)
@@ -225,8 +225,8 @@ def test_recipes_of_all_published_sizes():
     assert "AR_256_B.ckpt" in published["open-magvit2-b"].backbone.weights
 
 
-def test_pictures_of_classes_are_looked_at(base, tmp_path):
-    """The pre-flight opened none of them."""
+def test_the_preflight_check_opens_images_of_classes(base, tmp_path):
+    """Used to open none of them, and so to miss broken ones."""
     for i in range(20):
         (tmp_path / "images" / f"c{i:02d}").mkdir(parents=True)
         Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / "images" / f"c{i:02d}" / "0.png")
@@ -255,7 +255,7 @@ def test_command_line(monkeypatch):
     assert config.backbone.weights == "yucornetto/RAR:rar_b.bin"
 
 
-def test_wrong_data_is_named(base):
+def test_wrong_data_is_refused(base):
     config = tiny(base, "wrong")
     report = check(config)
     assert "80 images of 20 classes" in report and "2 views of each" in report

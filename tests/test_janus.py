@@ -1,8 +1,7 @@
-"""The traps of Janus-Pro, each with a test that falls into it; what the golden cases already pin
-down is in test_golden_janus.py.
+"""Janus-Pro beyond the golden cases (test_golden_janus.py): prompts, codes, the modules, precision,
+LoRA, and files.
 
-Case 20: the modules are the kit's own. Where transformers is imported here it is the reference that
-they are compared with.
+Case 20: the modules are the kit's own. transformers is imported here as the reference for them.
 """
 
 import json
@@ -75,7 +74,7 @@ def image_logits(backbone: Janus, prepared=None, drop=None) -> torch.Tensor:
 
 
 # -- prompts --------------------------------------------------------------------------------------
-def test_special_ids_are_resolved_by_string(janus):
+def test_special_ids_are_looked_up_by_string(janus):
     other = JanusPrompts(build_tokenizer(["other words entirely"], vocab_size=290))
     ours = janus.prompts
     assert (other.bos_id, other.pad_id, other.boi_id) != (ours.bos_id, ours.pad_id, ours.boi_id)
@@ -87,7 +86,7 @@ def test_special_ids_are_resolved_by_string(janus):
         assert prompts.unconditional(row, mask)[0, 1:-1].unique().tolist() == [pad]
 
 
-def test_a_tokenizer_that_eats_spaces_is_refused(copy):
+def test_a_tokenizer_that_drops_spaces_is_refused(copy):
     path = copy / "tokenizer.json"
     stored = json.loads(path.read_text())
     stored["pre_tokenizer"] = json.loads(pre_tokenizers.Metaspace().__getstate__())
@@ -100,7 +99,7 @@ def test_a_tokenizer_that_eats_spaces_is_refused(copy):
         Janus.load(copy)
 
 
-def test_a_foreign_tokenizer_is_refused(copy):
+def test_a_tokenizer_of_another_model_is_refused(copy):
     tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
     text = tokenizer.to_str().replace("<begin_of_image>", "<begin_of_picture>")
     (copy / "tokenizer.json").write_text(text)
@@ -108,7 +107,8 @@ def test_a_foreign_tokenizer_is_refused(copy):
         Janus.load(copy)
 
 
-def test_long_prompts_lose_the_end_of_their_text_only(janus):
+def test_long_prompts_lose_the_end_of_their_caption_only(janus):
+    """The tokens of the prompt's template that follow the caption are kept."""
     prompts = JanusPrompts(janus.prompts.tokenizer, max_tokens=12)
     long, other = prompts.encode([JANUS_PROMPTS[1], JANUS_PROMPTS[1] + " and more"])
     whole = janus.prompts.encode([JANUS_PROMPTS[1]])[0]
@@ -119,6 +119,7 @@ def test_long_prompts_lose_the_end_of_their_text_only(janus):
 
 
 def test_padding_is_masked_but_unconditional_padding_is_attended_to(janus):
+    """Left padding has no influence, but the padding tokens of the unconditional prompt do."""
     alone, padded = janus.prepare(JANUS_PROMPTS[:1]), janus.prepare(JANUS_PROMPTS[:2])
     drop = torch.ones(2, dtype=torch.bool)
     for kind in (None, drop):
@@ -150,7 +151,7 @@ def test_padding_does_not_depend_on_how_images_are_batched(janus, monkeypatch):
 
 
 # -- codes ----------------------------------------------------------------------------------------
-def test_codes_do_not_pass_the_text_embedding():
+def test_codes_do_not_use_the_text_embedding():
     backbone = tiny_janus()
     before = backbone.embed_tokens(tiny_codes(backbone, 1, 16))
     with torch.no_grad():
@@ -161,14 +162,14 @@ def test_codes_do_not_pass_the_text_embedding():
     assert not torch.equal(backbone.embed_tokens(tiny_codes(backbone, 1, 16)), before)
 
 
-def test_the_tokenizer_is_no_part_of_what_is_trained_or_cast(janus):
+def test_the_image_tokenizer_is_neither_trained_nor_cast(janus):
     trained = {id(p) for p in janus.parameters()}
     assert not trained & {id(p) for p in janus.tokenizer.parameters()}
     assert not hasattr(janus.janus.model, "vqmodel")
     assert next(tiny_janus().bfloat16().tokenizer.parameters()).dtype == torch.float32
 
 
-def test_sampling_is_the_authors(janus):
+def test_default_sampling_settings_are_the_authors(janus):
     config = janus.spec.sampling
     assert (config.cfg_scale, config.top_k, config.top_p, config.temperature) == (5.0, 0, 1.0, 1.0)
 
@@ -184,7 +185,7 @@ def test_sampling_is_the_authors(janus):
     ids=str,
 )
 def test_one_model_in_both_libraries(janus, settings):
-    """Names, shapes, and what the trunk computes."""
+    """Our model and transformers' have the same weight names and shapes, and the same logits."""
     stored = janus.config.transformers
     shape = stored | {"text_config": stored["text_config"] | settings}
     ours = Janus(JanusShape(shape, janus.config.grid))
@@ -201,8 +202,8 @@ def test_one_model_in_both_libraries(janus, settings):
         torch.testing.assert_close(ours.eval().text_logits(ids), expected, atol=1e-5, rtol=0)
 
 
-def test_what_a_file_leaves_out_has_transformers_defaults():
-    """`to_diff_dict`, by which transformers writes config.json, leaves out the defaults."""
+def test_settings_missing_in_config_json_have_transformers_defaults():
+    """transformers writes config.json by `to_diff_dict`, which leaves out default values."""
     left_out = JanusShape({})
     whole = JanusConfig().to_dict()
     for part in ("text_config", "vision_config", "vq_config"):
@@ -225,7 +226,7 @@ def test_what_a_file_leaves_out_has_transformers_defaults():
         ({"head_dim": 48}, "head_dim is not hidden_size 32 / 2 heads"),
     ],
 )
-def test_what_no_janus_has_is_refused(copy, settings, said):
+def test_settings_that_no_janus_has_are_refused(copy, settings, said):
     stored = json.loads((copy / "config.json").read_text())
     stored["text_config"] |= settings
     (copy / "config.json").write_text(json.dumps(stored))
@@ -239,14 +240,16 @@ def test_what_no_janus_has_is_refused(copy, settings, said):
         Janus.load(copy)
 
 
-def test_cut_off_ratios():
-    """transformers cuts off the fraction of width times ratio: 352 * (938 / 352) is 937.99..."""
+def test_mlp_ratios_survive_truncation():
+    """transformers truncates width * ratio to an integer, and 352 * (938 / 352) is 937.99..., so
+    the ratios that we write are rounded up where needed.
+    """
     for width in range(8, 400, 8):
         hidden = int(width * 8 / 3)
         assert int(width * janus_config.cut_off_ratio(hidden, width)) == hidden
 
 
-def test_a_text_head_that_was_left_out_is_missed_by_name(folder):
+def test_the_error_names_a_text_head_that_was_not_loaded(folder):
     with pytest.raises(ValueError, match="generation_only has no text head"):
         drawing = LoadOptions(generation_only=True)
         Janus.load(folder, drawing).text_logits(torch.zeros(1, 3).long())
@@ -275,7 +278,7 @@ def test_the_padding_embedding_is_trained(janus):
 def test_lora_reaches_every_layer_of_the_language_model_and_nothing_else():
     backbone = tiny_janus()
     tower = backbone.janus.model.vision_model
-    assert any(n.endswith("q_proj") for n, _ in tower.named_modules()), "a suffix would match"
+    assert any(n.endswith("q_proj") for n, _ in tower.named_modules()), "the same suffixes"
     add_lora(backbone, LoRAConfig(rank=2))
     adapted = {n.split(".lora_A")[0] for n, _ in backbone.named_parameters() if "lora_A" in n}
     layers = [f"janus.model.language_model.layers.{i}" for i in range(2)]
@@ -308,7 +311,7 @@ def test_lora_can_be_switched_off_and_merged():
     torch.testing.assert_close(image_logits(backbone), tuned_image, atol=1e-4, rtol=0)
 
 
-def test_the_drift_of_text_is_what_the_adapters_change():
+def test_text_drift_is_measured_against_the_model_without_adapters():
     backbone = tiny_janus()
     add_lora(backbone, LoRAConfig(rank=2, alpha=2.0))
     fresh = drift_of(backbone, "a red cat")
@@ -319,13 +322,13 @@ def test_the_drift_of_text_is_what_the_adapters_change():
                 value.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
     tuned = drift_of(backbone, "a red cat")
     assert tuned.kl > 0 < tuned.largest and tuned.entropy == fresh.entropy
-    assert drift_of(backbone, "a red cat") == tuned, "the adapters are on again"
+    assert drift_of(backbone, "a red cat") == tuned, "the adapters are switched on again"
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradient_checkpointing_trains(recompute):
-    """Without a codec the trunk's input needs no gradient: reentrant checkpointing would train
-    nothing, and say nothing.
+    """Adapters get gradients with and without gradient checkpointing. Reentrant checkpointing would
+    silently train nothing here: without a codec, the trunk's input needs no gradient.
     """
     backbone = tiny_janus()
     add_lora(backbone, LoRAConfig(rank=2))
@@ -343,7 +346,7 @@ def test_gradient_checkpointing_trains(recompute):
 
 # -- loading --------------------------------------------------------------------------------------
 def rewrite(folder, **changes) -> None:
-    """Change weights of a folder; None deletes one."""
+    """Replace weights in a folder by name; None deletes one."""
     weights = load_file(folder / "model.safetensors") | changes
     kept = {k: v for k, v in weights.items() if v is not None}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
@@ -384,7 +387,9 @@ def test_other_models_and_broken_folders_are_refused(copy, tmp_path):
 
 
 def test_tied_and_untied_text_heads(copy, folder):
-    """transformers' default configuration ties the head; only a file without one is tied."""
+    """A stored text head is used even if config.json ties it (transformers' default). A missing one
+    is tied to the embedding, unless config.json says that it is untied.
+    """
     settings = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
     untied = Janus.load(copy)
@@ -401,7 +406,7 @@ def test_tied_and_untied_text_heads(copy, folder):
     says_untied.write_text(said)
     assert tied.janus.lm_head.weight is tied.language_model.embed_tokens.weight
     drawing = Janus.load(copy, LoadOptions(generation_only=True))
-    assert drawing.left_out == count(tied) - count(drawing), "the embedding is there"
+    assert drawing.left_out == count(tied) - count(drawing), "the embedding is kept"
     out = copy / "out"
     out.mkdir()
     tied.save_official(out, torch.float32)
@@ -410,7 +415,9 @@ def test_tied_and_untied_text_heads(copy, folder):
 
 
 def test_a_token_without_an_embedding_is_named(copy):
-    """It ended in an IndexError at drawing. That the tokenizer knows further ones is no fault."""
+    """A prompt with a token beyond the embedding is refused; a tokenizer that knows such tokens is
+    not. Used to end in an IndexError while drawing.
+    """
     path = copy / "tokenizer.json"
     stored = json.loads(path.read_text())
     size = json.loads((copy / "config.json").read_text())["text_config"]["vocab_size"]
@@ -430,7 +437,9 @@ def test_attaching_a_codec_leaves_the_text_side_alone(folder):
 
 
 def test_published_sizes_need_no_files():
-    """Counts by part; the reference is transformers' model of the published dimensions."""
+    """A published size is built without files. Its parameters by part are as many as in
+    transformers' model with the published dimensions.
+    """
     for size, language, image, rest in (
         ("1B", 1_442_940_928, 42_113_024, 519_699_456),
         ("7B", 6_490_935_296, 100_855_808, 744_098_816),
@@ -466,7 +475,9 @@ def test_saved_tokenizer_is_read_by_transformers(folder, janus):
     ],
 )
 def test_transformers_draws_with_the_settings_that_are_written(janus, tmp_path, own, written):
-    """It fails with a scale of 1, and greedy drawing was written as sampling."""
+    """transformers draws with the generation_config.json of a saved folder. Used to fail with a
+    guidance scale of 1, and to sample where greedy drawing was wanted.
+    """
     usual = janus.spec
     janus.spec = replace(usual, sampling=own)
     try:

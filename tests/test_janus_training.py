@@ -14,7 +14,6 @@ from runs import (
     assert_same_metrics,
     assert_same_weights,
     before_step,
-    draw,
     metrics,
     saved_after_two_steps,
     tiny_janus_run,
@@ -45,7 +44,7 @@ EXACT = 0.0
 
 @pytest.fixture(scope="module")
 def lora(tiny_world):
-    """A checkpoint of three steps: LoRA and image layers, without the understanding side."""
+    """A checkpoint after three steps of LoRA and image layers, without the understanding side."""
     options = {"tuning": "lora", "train_image_layers": True, "backbone__generation_only": True}
     return train(tiny_janus_run(tiny_world, "janus-lora", **options))
 
@@ -71,7 +70,7 @@ def exported(lora, tmp_path_factory):
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
-def test_tuning_modes_change_what_they_say(tiny_world, options, files):
+def test_tuning_modes_change_and_save_only_their_weights(tiny_world, options, files):
     name = "mode-janus-" + "-".join(map(str, options.values()))
     run = Run(tiny_janus_run(tiny_world, name, condition_dropout=0.5, **options))
     base = t2i.load_backbone("janus", tiny_world / "janus")
@@ -101,7 +100,7 @@ def test_tuning_modes_change_what_they_say(tiny_world, options, files):
         assert torch.equal(ours, text_logits(base)), "the text side is untouched"
 
 
-def test_image_layers_of_a_llamagen_are_trained_and_kept(tiny_world):
+def test_image_layers_of_a_llamagen_are_trained_and_saved(tiny_world):
     run = Run(tiny_run(tiny_world, "image-layers", tuning="codec", train_image_layers=True))
     folder, _ = saved_after_two_steps(run)
     stored = load_file(folder / "backbone.safetensors")
@@ -110,7 +109,7 @@ def test_image_layers_of_a_llamagen_are_trained_and_kept(tiny_world):
     assert not any(torch.equal(stored[k], base[k]) for k in stored)
 
 
-def test_lora_learns_and_draws(tiny_world, lora, tmp_path):
+def test_lora_learns_and_draws(tiny_world, lora):
     losses = [row["train/loss"] for row in metrics(tiny_world, "janus-lora")]
     assert losses[-1] < losses[0]
     stored = load_file(lora / "adapter" / "adapter_model.safetensors")
@@ -125,12 +124,14 @@ def test_lora_learns_and_draws(tiny_world, lora, tmp_path):
     whole = t2i.from_pretrained(lora, generation_only=False)
     assert whole.backbone.left_out == 0 and t2i.from_pretrained(lora).backbone.left_out > 0
     base = t2i.attach(t2i.load_backbone("janus", tiny_world / "janus"), t2i.presets.base())
-    images = draw(lora, tmp_path)
-    plain = t2i.generate(base, PROMPTS, batch_size=2, progress=False)
-    assert images != [i.tobytes() for i in plain] and len(set(images)) == 2
+    images, plain = (
+        [i.tobytes() for i in t2i.generate(model, PROMPTS, batch_size=2, progress=False)]
+        for model in (t2i.from_pretrained(lora), base)
+    )
+    assert images != plain and len(set(images)) == 2
 
 
-def test_stop_and_resume_changes_no_bit(tiny_world):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny_world):
     options = {"steps": 4, "tuning": "lora", "train_image_layers": True, "condition_dropout": 0.3}
     options |= {"backbone__generation_only": True, "engine__gradient_checkpointing": True}
     options |= {"batch_size": 8}
@@ -146,7 +147,9 @@ def test_stop_and_resume_changes_no_bit(tiny_world):
 
 
 def test_bf16_is_close_to_fp32(tiny_world, lora):
-    """One pass in the precision of its loading; the engine around it is every family's."""
+    """The loss of one forward pass in bf16 is within 2 % of fp32. (The engine is the same for every
+    family and has its own tests.)
+    """
     config = tiny_janus_run(tiny_world, "-", tuning="lora", engine__micro_batch=2)
     low = replace(config, engine=replace(config.engine, precision="bf16", zero_stage=1))
     models = [build_model(c) for c in (config, low)]
@@ -173,7 +176,7 @@ def test_captions_are_cached_as_text(tiny_world):
 
 # -- the pre-flight -------------------------------------------------------------------------------
 QUICK_CHECKS = ("janus-pro-7b-full-zero3",)
-"""The others are slow."""
+"""Recipes that the default suite checks; the others are slow tests."""
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,7 @@ QUICK_CHECKS = ("janus-pro-7b-full-zero3",)
         if name.startswith("janus-pro")
     ],
 )
-def test_check_of_the_real_sizes_needs_no_files(name, tiny_world, monkeypatch, capsys):
+def test_check_of_the_published_sizes_needs_no_files(name, tiny_world, monkeypatch, capsys):
     arguments = ["--data.source", tiny_world / "data", "--data.small-images", "upscale"]
     arguments += ["--data.validation-samples", 8, "--run-dir", tiny_world / "nowhere", "--check"]
     monkeypatch.setattr("sys.argv", ["train_janus.py", name, *map(str, arguments)])
@@ -205,7 +208,7 @@ def test_check_of_the_real_sizes_needs_no_files(name, tiny_world, monkeypatch, c
     assert not (tiny_world / "nowhere").exists()
 
 
-def test_check_reads_local_shapes_and_refuses_the_impossible(tiny_world):
+def test_check_reads_local_shapes_and_refuses_bad_settings(tiny_world):
     config = tiny_janus_run(tiny_world, "-", tuning="lora", train_image_layers=True)
     model = build_model(config, device="meta")
     real = build_model(config)
@@ -222,7 +225,7 @@ def test_check_reads_local_shapes_and_refuses_the_impossible(tiny_world):
 
 
 # -- export ---------------------------------------------------------------------------------------
-def test_export_is_a_model_of_transformers(tiny_world, lora, exported):
+def test_export_loads_in_transformers_with_the_same_logits_and_codes(tiny_world, lora, exported):
     model, report = JanusForConditionalGeneration.from_pretrained(
         exported, output_loading_info=True
     )
@@ -235,7 +238,7 @@ def test_export_is_a_model_of_transformers(tiny_world, lora, exported):
     torch.testing.assert_close(theirs, unmerged, atol=1e-4, rtol=0)
     ours, stored = merged.backbone.janus.state_dict(), model.state_dict()
     assert all(torch.equal(ours[k], stored[k]) for k in ours)
-    # Its own image loop draws the codes that our sampler draws from the merged base.
+    # transformers' own image loop draws the codes that our sampler draws from the merged base.
     base = t2i.attach(t2i.load_backbone("janus", exported), t2i.presets.base())
     prepared = base.backbone.prepare(PROMPTS)
     inputs = {"input_ids": prepared["ids"], "attention_mask": prepared["mask"].long()}
@@ -309,7 +312,7 @@ def image_logits(layers: dict[str, torch.nn.Module]) -> torch.Tensor:
 
 
 def test_adapter_is_read_by_peft_on_transformers_model(tiny_world, lora):
-    """Case 9: with the image layers that were trained as a whole."""
+    """Case 9: PEFT also loads the image layers, which were trained in full."""
     from peft import PeftModel
 
     theirs = JanusForConditionalGeneration.from_pretrained(tiny_world / "janus")

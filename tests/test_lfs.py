@@ -1,4 +1,4 @@
-"""Files that Git LFS has not fetched are named as such, whatever reads them."""
+"""Files that Git LFS has not fetched are reported as Git LFS pointers, whatever reads them."""
 
 import shutil
 from pathlib import Path
@@ -19,13 +19,13 @@ ASSETS = Path(t2i.__file__).parent / "assets"
 
 
 def pointer(path: Path) -> Path:
-    """What `git clone` leaves of a file without Git LFS."""
+    """Write the pointer that `git clone` leaves of a file if Git LFS is not installed."""
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n")
     return path
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.tar", "metadata.jsonl"])
-def test_data(tiny_world, tmp_path, name):
+def test_files_of_a_data_set(tiny_world, tmp_path, name):
     shutil.copy(next((tiny_world / "data").rglob("*.png")), tmp_path)
     if name != "metadata.jsonl":
         next(tmp_path.iterdir()).unlink()
@@ -34,8 +34,8 @@ def test_data(tiny_world, tmp_path, name):
         open_source(tmp_path)
 
 
-def test_images_and_captions_are_counted_as_pointers(tiny_world, tmp_path, caplog):
-    """The note itself was read as the caption."""
+def test_pointers_among_images_and_captions_are_counted(tiny_world, tmp_path, caplog):
+    """Used to read a caption's pointer as the caption."""
     images = sorted((tiny_world / "data").rglob("*.png"))
     for name, image in zip("abcd", images, strict=False):
         shutil.copy(image, tmp_path / f"{name}.png")
@@ -56,7 +56,7 @@ def test_files_of_a_base(tmp_path, name):
         t2i.load_backbone("llamagen", base)
 
 
-def test_a_tokenizer_of_janus(tiny_world, tmp_path):
+def test_the_tokenizer_of_a_janus(tiny_world, tmp_path):
     base = shutil.copytree(tiny_world / "janus", tmp_path / "janus")
     pointer(base / "tokenizer.json")
     with pytest.raises(UserError, match=rf"tokenizer.json {NAMED}"):
@@ -64,6 +64,6 @@ def test_a_tokenizer_of_janus(tiny_world, tmp_path):
 
 
 @pytest.mark.parametrize("read", [NpzImages, load_image, read_object])
-def test_what_is_judged(tmp_path, read):
+def test_files_to_be_judged(tmp_path, read):
     with pytest.raises(UserError, match=NAMED):
         read(pointer(tmp_path / "file"))

@@ -1,5 +1,5 @@
-"""Cases 8, 25, 26: a base's files are found where they are now and proven; partial settings; runs
-that begin with a checkpoint.
+"""Cases 8, 25, 26: a base's moved files are found and verified, settings may be partial, and runs
+may start from a checkpoint.
 """
 
 import json
@@ -67,7 +67,7 @@ def test_one_folder_finds_all_moved_files(trained, tmp_path):
     expected = t2i.generate(model, PROMPTS, progress=False)
     found = [
         t2i.from_pretrained(folder, base=moved),
-        t2i.from_pretrained(folder, base=moved / "gpt.pt"),  # what lies beside it is found, too
+        t2i.from_pretrained(folder, base=moved / "gpt.pt"),  # the files next to it are found, too
         t2i.from_pretrained(
             folder,
             base=shutil.copy(moved / "gpt.pt", tmp_path / "renamed.pt"),
@@ -81,8 +81,8 @@ def test_one_folder_finds_all_moved_files(trained, tmp_path):
 
 
 @pytest.mark.parametrize("base", ["elsewhere", "elsewhere/gpt.pt"])
-def test_what_moved_may_be_named_from_the_working_directory(trained, tmp_path, monkeypatch, base):
-    """A checkpoint of such a model is loaded from any other."""
+def test_moved_files_may_be_given_by_a_relative_path(trained, tmp_path, monkeypatch, base):
+    """A checkpoint saved from a model loaded this way loads from any working directory."""
     files, folder, _ = trained
     files.rename(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
@@ -92,7 +92,7 @@ def test_what_moved_may_be_named_from_the_working_directory(trained, tmp_path, m
     assert_same_weights(t2i.from_pretrained(again).state_dict(), model.state_dict())
 
 
-def test_a_backbone_folder_that_moved_may_be_named_so(tmp_path, monkeypatch):
+def test_a_moved_backbone_folder_may_be_given_by_a_relative_path(tmp_path, monkeypatch):
     files = write_tiny_base(tmp_path / "files")
     model = t2i.attach(load_backbone("llamagen", files), t2i.presets.iclr2026(k=2))
     folder = t2i.save_pretrained(model, tmp_path / "checkpoint", tuning="codec")
@@ -104,7 +104,7 @@ def test_a_backbone_folder_that_moved_may_be_named_so(tmp_path, monkeypatch):
     assert_same_weights(t2i.from_pretrained(again).state_dict(), model.state_dict())
 
 
-def test_a_part_that_is_missing_is_named_alone(trained, tmp_path):
+def test_the_error_names_only_the_missing_part(trained, tmp_path):
     files, folder, _ = trained
     moved = files.rename(tmp_path / "elsewhere")
     shutil.rmtree(moved / "tokenizers")
@@ -114,7 +114,7 @@ def test_a_part_that_is_missing_is_named_alone(trained, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["weights", "tokenizer", "text_encoder"])
-def test_another_file_is_refused(trained, part):
+def test_a_changed_file_is_refused(trained, part):
     files, folder, _ = trained
     if part == "text_encoder":
         path = files / "text_encoder" / "config.json"
@@ -129,7 +129,7 @@ def test_another_file_is_refused(trained, part):
         t2i.from_pretrained(folder)
 
 
-def test_a_fully_tuned_model_needs_the_other_files_only(tiny_world, trained, tmp_path):
+def test_a_fully_tuned_model_does_not_need_the_bases_weights(tiny_world, trained, tmp_path):
     files, _, model = trained
     folder = t2i.save_pretrained(model, tmp_path / "full", tuning="full")
     (files / "gpt.pt").unlink()
@@ -140,7 +140,9 @@ def test_a_fully_tuned_model_needs_the_other_files_only(tiny_world, trained, tmp
 
 # -- hashes ---------------------------------------------------------------------------------------
 def test_large_files_are_hashed_once(tmp_path, monkeypatch):
-    """Case 26: until they change, in whatever way; files just written are not trusted to stay."""
+    """Case 26: the hash of a large file is remembered until the file changes in any way. That of a
+    file written just now is not trusted: the file may change again unnoticed.
+    """
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(published, "_LARGE", 10)
     read = []
@@ -164,7 +166,7 @@ def test_large_files_are_hashed_once(tmp_path, monkeypatch):
 
 # -- settings of a folder -------------------------------------------------------------------------
 def test_sampling_settings_change_only_what_they_name(tmp_path):
-    """Case 26: {"top_k": 100} left the family's guidance at 1."""
+    """Case 26. Used to reset the rest: {"top_k": 100} also set the family's guidance scale to 1."""
     backbone = tiny_rar()
     torch.save(backbone.official_state_dict(), tmp_path / "rar.bin")
     content = {"family": "rar", "weights": "rar.bin", "config": vars(backbone.config)}
@@ -225,14 +227,16 @@ def test_impossible_sizes_of_a_backbone_folder_are_named(tmp_path, size, message
     ],
 )
 def test_heads_that_cannot_be_rotated_or_shared_are_named(size, message):
-    """They ended in the middle of an operation of PyTorch."""
+    """Used to fail in the middle of a PyTorch operation."""
     config = replace(tiny_llamagen("class").config, **size)
     with pytest.raises(t2i.UserError, match=message):
         load_backbone("llamagen", "gpt.pt", config=config)
 
 
 def test_the_grid_of_a_renamed_file_is_an_option(tmp_path):
-    """What users of LlamaGen's own training have, 0300000.pt, could be loaded in Python only."""
+    """Used to be possible in Python only: a file such as 0300000.pt, which LlamaGen's own training
+    writes, does not tell its grid.
+    """
     own = tiny_llamagen("class")
     small = {"n_layer": own.config.n_layer, "n_head": own.config.n_head, "dim": own.config.dim}
     torch.save({"model": own.official_state_dict()}, tmp_path / "0300000.pt")
@@ -256,8 +260,10 @@ def test_the_grid_of_a_renamed_file_is_an_option(tmp_path):
             wrong.load(*wrong.check())
 
 
-def test_shards_of_a_family_that_publishes_one_file(tmp_path):
-    """As transformers and the hub's library split large files; the hash covers all of them."""
+def test_shards_of_a_family_that_publishes_one_file_load(tmp_path):
+    """Weights that transformers or huggingface_hub split into shards load, and a checkpoint's hash
+    of its base covers all shards.
+    """
     backbone = tiny_rar()
     for name, module in {"rar": backbone.gpt, "vq": backbone.frozen.tokenizer}.items():
         (tmp_path / name).mkdir()
@@ -277,8 +283,10 @@ def test_shards_of_a_family_that_publishes_one_file(tmp_path):
         load_backbone("rar", index)
 
 
-def test_links_to_files_named_by_a_hash(tmp_path):
-    """The hub's cache and DVC have them: the link's own name tells format and shape."""
+def test_links_to_files_named_by_a_hash_load(tmp_path):
+    """The hub's cache and DVC have such links. Only the link's name tells the file's format and the
+    model's shape, so it must be used and stored.
+    """
     backbone, blobs, links = tiny_rar(), tmp_path / "blobs", tmp_path / "snapshot"
     blobs.mkdir()
     links.mkdir()
@@ -298,8 +306,8 @@ def test_links_to_files_named_by_a_hash(tmp_path):
     assert options.name() == "rar"
 
 
-def test_a_text_encoder_that_does_not_belong_is_named(tmp_path):
-    """Of another width, or given to a model that reads no captions."""
+def test_a_text_encoder_that_does_not_fit_is_refused(tmp_path):
+    """It has another width, or the model reads no captions."""
     folder = write_tiny_base(tmp_path / "base")
     wide = t2i.load_backbone("llamagen", folder)
     config = replace(wide.config, caption_dim=2 * wide.config.caption_dim)
@@ -334,7 +342,7 @@ def test_a_text_encoder_that_does_not_belong_is_named(tmp_path):
     ],
 )
 def test_wrong_settings_of_a_checkpoint_are_named(plain, tmp_path, damage, message):
-    """A checkpoint's config.json that was torn, or written by something else."""
+    """The config.json is incomplete, or was written by another program."""
     folder = shutil.copytree(plain, tmp_path / "copy", ignore=shutil.ignore_patterns("*.pt"))
     path = folder / "config.json"
     content = json.loads(path.read_text())
@@ -346,8 +354,8 @@ def test_wrong_settings_of_a_checkpoint_are_named(plain, tmp_path, damage, messa
         t2i.from_pretrained(folder)
 
 
-# -- case 25: a base by itself, and runs that begin with a checkpoint ------------------------------
-def test_whatever_can_draw_is_loaded(tiny_world, plain):
+# -- case 25: a base alone, and runs that start from a checkpoint ----------------------------------
+def test_load_model_takes_bases_checkpoints_and_runs(tiny_world, plain):
     base = load_model(tiny_world / "base")
     assert base.config.k == 1 and base.codec is None
     assert len(t2i.generate(base, PROMPTS[:1], progress=False)) == 1
@@ -368,8 +376,8 @@ def test_whatever_can_draw_is_loaded(tiny_world, plain):
 
 
 @pytest.mark.parametrize(("old", "new"), [("lora", "lora"), ("full", "full")])
-def test_a_run_begins_with_the_weights_of_another(tiny_world, tmp_path, old, new):
-    """And needs neither its folder to be loaded later, nor to be resumed."""
+def test_a_run_starts_with_the_weights_of_another(tiny_world, tmp_path, old, new):
+    """The other run's folder is not needed later, neither to load the new run nor to resume it."""
     lora = {"lora__rank": 2, "train_image_layers": True} if old == "lora" else {}
     first = tiny_run(tiny_world, f"{tmp_path.name}-old", batch_size=4, tuning=old, **lora)
     started_from = tmp_path / "old"
@@ -399,23 +407,23 @@ def test_a_run_begins_with_the_weights_of_another(tiny_world, tmp_path, old, new
     assert weights(resumed).keys() >= {"backbone.safetensors:output.weight"}
 
 
-def test_another_codec_begins_anew(tiny_world, plain, caplog):
+def test_a_codec_with_other_settings_starts_fresh(tiny_world, plain, caplog):
     config = tiny_run(tiny_world, "-", backbone__weights=str(plain), method__k=2)
     with caplog.at_level("INFO"):
         model = build_model(config)
     assert model.config.k == 2 and "with a fresh codec" in caplog.text and "k 3 -> 2" in caplog.text
 
 
-def test_a_codec_checkpoint_is_no_detour(tiny_world, tmp_path):
-    """Its backbone is the base's: the new run's checkpoints do not hold it once more."""
+def test_a_run_from_a_codec_checkpoint_does_not_save_the_backbone(tiny_world, tmp_path):
+    """The checkpoint's backbone is the base's own, so there is nothing to save."""
     old = train(tiny_run(tiny_world, f"{tmp_path.name}-codec", tuning="codec"))
     changes = {"tuning": "codec", "backbone__weights": str(old), "steps": 1}
     new = train(tiny_run(tiny_world, f"{tmp_path.name}-more", **changes))
     assert not (new / "backbone.safetensors").exists()
 
 
-def test_helpers_are_not_needed_to_find_out(tmp_path):
-    """A generator without its tokenizer loads, and says what it lacks when pixels are asked for."""
+def test_a_generator_loads_without_its_tokenizer(tmp_path):
+    """The missing tokenizer is an error only when images are drawn."""
     torch.save({"model": tiny_llamagen("class").official_state_dict()}, tmp_path / "gpt.pt")
     config = tiny_llamagen("class").config
     model = t2i.attach(

@@ -1,4 +1,6 @@
-"""The long grids: a step that trains as the loop does, arms, result lines, the ablation table."""
+"""The long grids: training steps equal to those of the kit's loop, arms, results, reports and the
+ablation table.
+"""
 
 import sys
 from dataclasses import replace
@@ -30,7 +32,7 @@ IMAGES, HELD_OUT, STEPS = 40, 8, 3
 
 
 def as_the_loop_does(tmp_path, grid, arm):
-    """The settings of a run of the kit's own loop on the same samples."""
+    """The settings with which the kit's own loop trains this arm on the same samples."""
     config = long_grid.LongRun("7m", "shapes", arm, 0).config(grid)
     assert isinstance(config.data, DataOptions)
     data = replace(
@@ -54,7 +56,8 @@ def test_a_step_trains_as_the_kits_loop_does(name, tmp_path):
     model = build_model(config)
     tokenizer = ASSETS / "shapes" / "vq.pt"
     scenes = drawn_scenes(model.backbone, tokenizer, IMAGES + HELD_OUT, tmp_path, 0)
-    # The loop's cache keeps two bytes of a feature; rounding may turn a code where two are near.
+    # The loop's cache stores features in half precision. A few codes may differ by rounding, where
+    # two are almost equally near.
     stored = scenes.prepared["features"].half().float()
     data = TrainingData(config, model.backbone, start_processes())
     codes = data.load(torch.arange(IMAGES + HELD_OUT), None)[0][..., 0]
@@ -69,10 +72,10 @@ def test_a_step_trains_as_the_kits_loop_does(name, tmp_path):
     assert [float(norm) for norm in trainer.norms_R] == [
         pytest.approx(row["train/grad_norm"], rel=1e-3) for row in theirs
     ]
-    assert trainer.losses_Rk[0, 0] != pytest.approx(losses[-1][0], rel=2e-3), "it is moving"
+    assert trainer.losses_Rk[0, 0] != pytest.approx(losses[-1][0], rel=2e-3), "it does train"
 
 
-def test_every_arm_is_a_run_of_its_own(tmp_path):
+def test_arms_have_different_names_and_keys(tmp_path):
     for name, stages in LONG_GRIDS.items():
         arms = [arm.name for stage in stages for arm in stage]
         assert len(set(arms)) == len(arms)
@@ -90,7 +93,7 @@ def test_every_arm_is_a_run_of_its_own(tmp_path):
         (("long", "--bases", "7m"), "name=folder"),
     ],
 )
-def test_mistakes_are_named(monkeypatch, tmp_path, arguments, message):
+def test_wrong_arguments_are_refused(monkeypatch, tmp_path, arguments, message):
     monkeypatch.setattr(sys, "argv", ["long_grid.py", *arguments, "--out", str(tmp_path)])
     with pytest.raises(ValueError, match=message):
         long_grid.main()
@@ -109,12 +112,12 @@ def test_the_ablation_runs_once_and_prints_its_table(monkeypatch, tmp_path, caps
     assert [line["arm"] for line in lines] == ["iclr2026", "k = 2"]
     assert len(lines[0]["changes"]["flipped"]) == 3 == len(lines[0]["drafts"]["right"])
     ablate.main()
-    assert results(tmp_path) == lines, "what is finished is not done again"
+    assert results(tmp_path) == lines, "finished runs are not repeated"
     assert "0 of 2 runs to do" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_grid_is_drawn_in_several_ways_and_reported(monkeypatch, tmp_path, capsys):
+def test_a_grid_draws_an_arm_in_several_ways_and_reports_it(monkeypatch, tmp_path, capsys):
     tuned = long_arms._tuned("tuned", ways={"window 1": {"window": 1}})
     monkeypatch.setitem(
         LONG_GRIDS, "levers", ((long_arms._short("control", long_arms._BASE), tuned),)
@@ -144,14 +147,14 @@ RECIPE = Path(__file__).resolve().parents[1] / "docs" / "recipe"
 
 
 @pytest.mark.parametrize("grid", ["presets", "levers", "longer", "long_cpu", "ideas", "ablation"])
-def test_the_pages_tables_are_made_from_its_results(grid, monkeypatch, tmp_path):
+def test_the_tables_of_the_docs_are_made_from_their_results(grid, monkeypatch, tmp_path):
     where = ("--results", RECIPE / grid / "results.jsonl", "--out", tmp_path)
     monkeypatch.setattr(sys, "argv", ["long_report.py", *map(str, where)])
     long_report.main()
     assert (tmp_path / "tables.md").read_text() == (RECIPE / grid / "tables.md").read_text()
 
 
-def test_the_ablations_table_is_made_from_its_results():
+def test_the_ablation_table_of_the_docs_is_made_from_its_results():
     folder = RECIPE / "ablation"
     assert ablate.table(results(folder)) == (folder / "table.md").read_text()
 
@@ -161,7 +164,7 @@ def test_standard_error_is_the_larger_of_seeds_and_prompts():
     over_prompts = estimate(same, tasks=2)
     assert over_prompts.mean == 0.5
     assert over_prompts.error == pytest.approx(np.sqrt(2 * 0.5 / 2) / 2)
-    assert estimate(same[:1], tasks=2) == over_prompts, "one seed tells no error"
+    assert estimate(same[:1], tasks=2) == over_prompts, "one seed gives no error over seeds"
     seeds = np.array([[0.0] * 4, [0.6] * 4, [0.3] * 4])
     assert estimate(seeds, tasks=2).error == pytest.approx(0.3 / np.sqrt(3))
 
@@ -172,7 +175,7 @@ def test_rank_correlation():
     assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)
 
 
-def test_a_gain_is_that_of_the_same_seeds_and_prompts():
+def test_a_gain_compares_the_same_seeds_and_prompts():
     def line(arm, seed, correct):
         facts = {"control": "control", "settings": {"samples": 2}, "losses": {"a/b": seed + 0.5}}
         return {"base": "b", "arm": arm, "seed": seed, "correct": correct} | facts
@@ -188,13 +191,13 @@ def test_a_gain_is_that_of_the_same_seeds_and_prompts():
 
 
 @pytest.mark.parametrize(("falls", "shares"), [(False, [1, 1, 1]), (True, [1, 0.5, 0.25])])
-def test_the_backbones_rate_falls_if_asked_to(falls, shares):
+def test_backbone_falls_makes_the_backbones_rate_fall(falls, shares):
     optim = OptimOptions(backbone_lr=2.0, backbone_falls=falls)
     assert [optim.backbone_rate(step, 100) / 2 for step in (0, 50, 75)] == shares
 
 
 @pytest.mark.parametrize(("constant", "shares"), [(False, [1, 0.5]), (True, [1, 1])])
-def test_pre_training_may_leave_the_rate_where_it_is(constant, shares):
+def test_pretraining_can_keep_its_rate_constant(constant, shares):
     layer = torch.nn.Linear(1, 1)
     descent = Descent(layer, 1.0, warm_up=1, constant=constant)
     rates = []

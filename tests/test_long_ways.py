@@ -1,4 +1,6 @@
-"""Ideas of the long grid that the kit does not have: shared noise, codes that are drawn again."""
+"""Ideas that only the long grid has: drafts that share the final codes' noise, training on the
+model's own samples, and redrawing unlikely codes.
+"""
 
 import pytest
 import torch
@@ -27,20 +29,20 @@ def batch_of(codes, prepared, keys):
     return Batch(codes, prepared, keys, drop=None, progress=0.5, indices=rows)
 
 
-def test_noise_given_a_draw_is_that_of_the_draw_and_gumbel_over_all():
+def test_noise_given_a_code_draws_that_code_and_is_gumbel_noise_on_average():
     keys = make_keys(0, torch.arange(20_000))
     logits = torch.tensor([0.5, 2.0, -1.0, 0.0]).expand(len(keys), 4)
     codes = torch.distributions.Categorical(logits=logits[0]).sample((len(keys),))
     noise = noise_given(logits, codes, keys)
     assert torch.equal((logits + noise).argmax(-1), codes)
-    # Over codes that follow the logits it is plain noise: mean 0.5772, variance pi^2 / 6.
+    # Over codes drawn from the logits it is plain Gumbel noise: mean 0.5772, variance pi^2 / 6.
     assert noise.mean(0).tolist() == pytest.approx([0.5772] * 4, abs=0.04)
     assert noise.var(0).tolist() == pytest.approx([torch.pi**2 / 6] * 4, rel=0.06)
     assert (noise.T.corrcoef() - torch.eye(4)).abs().max() < 0.03
 
 
-def test_drafts_of_shared_noise_have_their_own_distribution_and_foretell_the_code(model):
-    """Where truth is what the model itself draws."""
+def test_drafts_with_shared_noise_keep_their_distribution_and_predict_the_code(model):
+    """The true codes are drawn by the model itself here."""
     rows = 400
     prepared = {
         n: v.expand(rows, *v.shape[1:]) for n, v in tiny_prepared(model.backbone, 1).items()
@@ -58,7 +60,7 @@ def test_drafts_of_shared_noise_have_their_own_distribution_and_foretell_the_cod
     assert (counts[0] - counts[1]).abs().max() < 0.1
 
 
-def test_correction_reads_whole_windows_of_own_samples_for_half(model):
+def test_correction_feeds_windows_of_own_samples_to_half_of_the_images(model):
     codes, prepared = tiny_codes(model.backbone, 16, 16), tiny_prepared(model.backbone, 16)
     batch = batch_of(codes, prepared, make_keys(3, torch.arange(16)))
     condition = model.backbone.encode_condition(prepared)
@@ -66,12 +68,12 @@ def test_correction_reads_whole_windows_of_own_samples_for_half(model):
     first = windows[:, :, 0]
     whole = (windows == model.windows.gather(first)).flatten(1).all(1)
     assert 2 < whole.sum() < 14
-    assert torch.equal(first[~whole], batch.codes[~whole]), "own drafts stand behind the truth"
+    assert torch.equal(first[~whole], batch.codes[~whole]), "the others: the truth, then own drafts"
     changed = (first != batch.codes)[whole].float().mean()
     assert 0.05 < changed < 0.5
 
 
-def test_shared_noise_leaves_final_codes_theirs(model):
+def test_shared_noise_does_not_change_the_noise_of_final_codes(model):
     keys = make_keys(0, torch.arange(3))
     own = noise_keys(keys, model.windows, 1)
     shared = {
@@ -79,7 +81,7 @@ def test_shared_noise_leaves_final_codes_theirs(model):
     }
     for which, noise in shared.items():
         assert torch.equal(noise[:, :, 0], own[:, :, 0])
-        assert torch.equal(noise[2, :, 2], noise[1, :, 3]), "position 4, twice a draft"
+        assert torch.equal(noise[2, :, 2], noise[1, :, 3]), "two drafts of position 4"
         assert torch.equal(noise[4, :, 0], noise[1, :, 3]) == (which == "all")
     prepared = tiny_prepared(model.backbone, 3)
     drawn = {
@@ -94,13 +96,13 @@ def test_shared_noise_leaves_final_codes_theirs(model):
     assert stages["all"] > stages[""]
 
 
-def test_the_least_likely_codes_are_drawn_again(model):
+def test_the_least_likely_codes_are_redrawn(model):
     prepared, keys = tiny_prepared(model.backbone, 3), make_keys(0, torch.arange(3))
     before = long_ways.draw(model, prepared, keys, SETTINGS)
     after = long_ways.draw(model, prepared, keys, SETTINGS, again=0.25)
     assert torch.equal(before[:, :, 1:], after[:, :, 1:])
     changed = (before != after)[:, :, 0, 0]
-    assert (changed.sum(1) <= 4).all() and changed.sum() > 3, "4 of 16 codes, some as they were"
+    assert (changed.sum(1) <= 4).all() and changed.sum() > 3, "4 of 16 codes; some come out equal"
     codes = model.windows.final_codes(before)
     read = torch.cat([model.windows.gather(codes)] * 2)
     condition = encode_rows(model.backbone, prepared, guided=True)

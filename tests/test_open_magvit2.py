@@ -1,4 +1,4 @@
-"""Open-MAGVIT2's sizes, files, settings per sub-token and the paths to a checkpoint."""
+"""Open-MAGVIT2: published sizes, weight files, checkpoints, settings per sub-token and training."""
 
 from dataclasses import replace
 
@@ -67,7 +67,7 @@ def test_tokenizer_size():
 
 
 def test_official_names():
-    """Names and shapes of size B as the authors' files have them."""
+    """Size B has the names and shapes of the authors' files."""
     state_dict = of_size("B").official_state_dict()
     expected = {
         "pre_emb.weight": (64, 1024),
@@ -85,7 +85,7 @@ def test_official_names():
 
 @pytest.mark.parametrize("preset, millions", [("iclr2026", 352.0), ("arxiv2505", 393.9)])
 def test_sizes_with_tensorar(preset, millions):
-    """The papers' tables say 352M and 393M for size B (the second without its decimals)."""
+    """The papers' tables say 352M and 393M for size B (the second without rounding up)."""
     model = TensorAR(of_size("B"), presets.method(preset))
     assert count(model) / 1e6 == pytest.approx(millions, abs=0.1)
 
@@ -95,7 +95,7 @@ def test_sizes_with_tensorar(preset, millions):
 
 @pytest.fixture(scope="module")
 def content():
-    """What an official file holds, of the tiny shape."""
+    """The content of an official file for the tiny shape."""
     return ARCheckpoint(tiny_open_magvit2()).state_dict()
 
 
@@ -107,7 +107,7 @@ def write(path, state_dict):
     return path
 
 
-def test_a_file_holds_generator_and_tokenizer(tmp_path, content):
+def test_generator_and_tokenizer_are_loaded_from_one_file(tmp_path, content):
     loaded = OpenMAGVIT2.load(
         write(tmp_path / "a.ckpt", content), LoadOptions(CONFIG, dtype=torch.bfloat16)
     )
@@ -139,6 +139,7 @@ def test_every_key_that_does_not_fit_is_named(tmp_path, content):
 
 
 def with_averages(tokenizer) -> dict:
+    """A tokenizer's weights with their moving averages, each greater by 1 here."""
     raw = tokenizer.state_dict()
     averaged = {f"model_ema.{k.replace('.', '')}": v + 1 for k, v in raw.items()}
     counters = {"model_ema.decay": torch.ones(()), "model_ema.num_updates": torch.tensor(3)}
@@ -157,8 +158,8 @@ def test_averaged_weights(tmp_path):
 
 
 @pytest.mark.parametrize("ema", [False, True])
-def test_a_training_saves_its_discriminator_along(tmp_path, ema):
-    """The published files are without it."""
+def test_discriminator_weights_in_a_tokenizer_file_are_ignored(tmp_path, ema):
+    """Training saves them with the tokenizer; published files do not contain them."""
     content = with_averages(tiny_lfq())
     loss = {
         "loss.discriminator.0.weight": torch.ones(1),
@@ -171,6 +172,7 @@ def test_a_training_saves_its_discriminator_along(tmp_path, ema):
 
 @pytest.mark.parametrize("ema", [False, True])
 def test_every_weight_of_a_tokenizer_file_must_fit(tmp_path, ema):
+    """Raw and averaged weights are both checked, whichever are used."""
     for part, dot in (("model_ema.", ""), ("", ".")):
         bad = with_averages(tiny_lfq())
         del bad[f"{part}decoder{dot}conv_in{dot}bias"]
@@ -185,7 +187,7 @@ def test_every_weight_of_a_tokenizer_file_must_fit(tmp_path, ema):
         assert "mis-shaped (1): encoder.norm_out.bias" in lines[3]
 
 
-def test_wrong_files(tmp_path, content):
+def test_wrong_files_are_refused(tmp_path, content):
     path = write(tmp_path / "AR.ckpt", content)
     with pytest.raises(
         ValueError, match=r"width 32 with 2 layers is not a published size.*config="
@@ -203,8 +205,8 @@ def test_wrong_files(tmp_path, content):
 
 
 def test_the_tokenizer_comes_with_the_base(tmp_path, content):
-    """Also for a fine-tuned backbone, whose own file holds the generator alone, and when the base
-    has moved.
+    """A fine-tuned checkpoint holds only the generator; its tokenizer comes from the base's file,
+    even if that has moved.
     """
     path = write(tmp_path / "AR.ckpt", content)
     backbone = t2i.load_backbone("open_magvit2", path, config=CONFIG)
@@ -224,7 +226,7 @@ def test_the_tokenizer_comes_with_the_base(tmp_path, content):
         from_pretrained(tmp_path / "tuned")
 
 
-def test_a_generator_of_its_own_and_a_separate_tokenizer(tmp_path, content):
+def test_a_file_with_only_the_generator_takes_a_separate_tokenizer(tmp_path, content):
     only = {k: v for k, v in content.items() if k.startswith("transformer.")}
     path = write(tmp_path / "gpt.ckpt", only)
     backbone = t2i.load_backbone("open_magvit2", path, config=CONFIG)
@@ -278,7 +280,7 @@ def test_settings_per_sub_token_are_checked():
     ):
         with pytest.raises(ValueError, match=name):
             SamplingConfig(**{name: bad})
-    assert SamplingConfig(top_k=[3, 4]) == SamplingConfig(top_k=(3, 4)), "as JSON stores it"
+    assert SamplingConfig(top_k=[3, 4]) == SamplingConfig(top_k=(3, 4)), "JSON has no tuples"
     with pytest.raises(ValueError, match=r"one for each of the 2 sub-token\(s\)"):
         sample(TensorAR(tiny_open_magvit2(), presets.base()).eval(), top_k=(1, 2, 3))
 
@@ -292,7 +294,8 @@ def loss_of(model) -> torch.Tensor:
     return model(codes, condition, model.windows.gather(codes)).loss
 
 
-def test_initialised_for_pre_training():
+def test_initialization_for_pretraining():
+    """It starts at the uniform distribution over both sub-tokens."""
     backbone = OpenMAGVIT2(CONFIG).eval()
     backbone.transformer.initialize(torch.Generator().manual_seed(0))
     assert loss_of(TensorAR(backbone, presets.base())).item() == pytest.approx(

@@ -1,4 +1,6 @@
-"""Sizes of the published LlamaGen models and of both presets, on the meta device."""
+"""Parameter counts of the published LlamaGen models, alone and with both presets, on the meta
+device.
+"""
 
 import pytest
 from helpers import count, on_meta
@@ -45,7 +47,7 @@ def test_text_conditional_sizes(size):
 @pytest.mark.parametrize("size, millions", [("B", 139), ("L", 393), ("XL", 853)])
 def test_arxiv2505_totals(size, millions):
     backbone = of_size(size)
-    backbone.code_vectors = tuple  # no tokenizer on meta
+    backbone.code_vectors = tuple  # a meta model has no tokenizer
     model = TensorAR(backbone, presets.arxiv2505())
     assert round(count(model) / 1e6) == millions
 

@@ -36,16 +36,16 @@ def write_llamagen(root, images=4, views=3, offset=0):
 
 
 def test_llamagen_folders_are_known_by_their_content(tmp_path):
-    """Case 10: not by their names."""
+    """Case 10: their key depends on what they hold, not on their names."""
     before = LlamaGenCodes(write_llamagen(tmp_path / "a")).key
     (tmp_path / "a").rename(tmp_path / "b")
     assert LlamaGenCodes(tmp_path / "b").key == before
     assert LlamaGenCodes(write_llamagen(tmp_path / "c", offset=1)).key != before
 
 
-def test_llamagen_folders(tmp_path):
+def test_llamagen_folders_are_read_in_numeric_order(tmp_path):
     write_llamagen(tmp_path, images=11)
-    (tmp_path / "imagenet256_codes" / "².npy").touch()  # a digit, and no number
+    (tmp_path / "imagenet256_codes" / "².npy").touch()  # a digit to isdigit(), but not to int()
     data = LlamaGenCodes(tmp_path)  # "10" sorts before "2" as text
     assert (len(data), data.views) == (11, 3)
     assert [data.condition(i) for i in (10, 2)] == [70, 14]
@@ -63,7 +63,7 @@ def test_two_crop_ranges_of_llamagen(tmp_path):
     assert first == [100, 105, 110, 5100, 5105, 5110, 100]
 
 
-def test_broken_llamagen_folders(tmp_path):
+def test_broken_llamagen_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no folder of codes"):
         LlamaGenCodes()
     with pytest.raises(ValueError, match="must hold one folder named like imagenet256_codes"):
@@ -90,8 +90,10 @@ def test_broken_llamagen_folders(tmp_path):
         LlamaGenCodes(root)
 
 
-def test_files_that_are_unlike_the_first_are_named(tmp_path):
-    """Interrupted or mixed extractions ended a training in an IndexError or in np.stack."""
+def test_files_that_differ_from_the_first_are_named(tmp_path):
+    """Used to end training in an IndexError or in np.stack: files of an interrupted extraction, or
+    of two mixed ones.
+    """
     root = write_llamagen(tmp_path / "a")
     np.save(root / "imagenet256_codes" / "2.npy", np.zeros((1, 2, 5), int))
     np.save(root / "imagenet256_codes" / "3.npy", np.zeros((1, 3, 4), int))
@@ -111,7 +113,7 @@ def test_files_that_are_unlike_the_first_are_named(tmp_path):
 
 
 def test_every_label_is_part_of_the_key(tmp_path):
-    """Of 200 only every third was."""
+    """Used to cover only every third of 200 labels."""
     root = write_llamagen(tmp_path, images=200)
     before = LlamaGenCodes(root).key
     assert LlamaGenCodes(root).key == before
@@ -159,7 +161,7 @@ def test_jsonl_after_a_kill_and_by_two_processes(tmp_path, monkeypatch):
         convert(path, tmp_path / "killed")
     parsed[:] = [-1] * 7
     folder = convert(path, tmp_path / "killed")
-    assert parsed[7:] == [0, 3, 4, 5, 6, 7], "the first line gives the length"
+    assert parsed[7:] == [0, 3, 4, 5, 6, 7], "line 0 is read again, for the number of tokens"
     assert folder_content(folder) == whole
     in_threads(lambda rank: convert(path, tmp_path / "two", Processes(rank, 2, patience=20)))
     (folder,) = (tmp_path / "two").iterdir()
@@ -183,7 +185,7 @@ def test_bad_lines_are_named(tmp_path, line, message):
         convert(path, tmp_path / "cache")
 
 
-def test_no_lines(tmp_path):
+def test_missing_and_empty_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a file"):
         JsonlCodes(tmp_path / "gone.jsonl")
     (tmp_path / "empty.jsonl").touch()
@@ -192,7 +194,7 @@ def test_no_lines(tmp_path):
 
 
 def test_images_are_encoded_without_tf32(tiny_world, monkeypatch):
-    """It changes codes, and the key of a cache does not say what it was made on."""
+    """TF32 would change codes, and a cache's key does not tell on which device it was made."""
     asked, encode = [], LlamaGen.encode_images
 
     def encode_images(backbone, pixels):

@@ -1,4 +1,6 @@
-"""Published files: found, downloaded whole or not at all, proven; advice without a network."""
+"""Published files are found, downloaded completely or not at all, and verified; without a network,
+the error says what to do.
+"""
 
 import hashlib
 import http.server
@@ -20,14 +22,14 @@ CONTENT = b"weights" * 1000
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The files' folder in an empty cache of our own."""
+    """Where the files belong in a cache that is empty at first."""
     monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "things"
 
 
 @pytest.fixture
 def online(monkeypatch):
-    """The tests are run offline; this one downloads from a file:// address."""
+    """Switch off the tests' offline mode, to download from a file:// address."""
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
 
 
@@ -55,7 +57,7 @@ def test_download_once_then_from_the_cache(source, cache, online):
     assert source.find().path == cache / "old-name.pth"
 
 
-def test_another_hash_function(source, online):
+def test_a_file_may_be_verified_by_another_hash_function(source, online):
     def digest(path):
         return hashlib.sha1(path.read_bytes()).hexdigest()
 
@@ -76,7 +78,7 @@ def test_a_download_of_another_file_is_refused_and_not_kept(source, cache, onlin
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, TimeoutError("slow"), None])
 def test_an_interrupted_download_leaves_nothing(source, cache, online, monkeypatch, stop):
-    """Stopped by the user, by the network, or cut short without a word."""
+    """It may be interrupted by the user, by a network error, or end early without an error."""
     real = urllib.request.urlopen
 
     def urlopen(*args, **options):
@@ -99,20 +101,20 @@ def test_an_interrupted_download_leaves_nothing(source, cache, online, monkeypat
     assert source.find().path.read_bytes() == CONTENT
 
 
-def test_what_a_killed_process_left_is_no_file(source, cache, online):
+def test_the_partial_download_of_a_killed_process_is_not_used(source, cache, online):
     cache.mkdir(parents=True)
     (cache / "found.pth.0123abcd.tmp").write_bytes(CONTENT[:500])
     assert source.find().path.read_bytes() == CONTENT
 
 
-def test_of_two_processes_one_downloads(source, online, monkeypatch):
+def test_only_one_of_two_processes_downloads(source, online, monkeypatch):
     fetched, real = [], published._fetch
     monkeypatch.setattr(published, "_fetch", lambda *a: fetched.append(a) or real(*a))
     found = in_threads(lambda rank: source.find())
     assert found[0] == found[1] and len(fetched) == 1
 
 
-def test_no_network_says_what_to_copy_where(source, cache, online):
+def test_without_a_network_the_error_says_what_to_copy_where(source, cache, online):
     source = replace(source, url="file:///nowhere/found.pth")
     with pytest.raises(ValueError, match="cannot be downloaded") as error:
         source.find()
@@ -120,14 +122,14 @@ def test_no_network_says_what_to_copy_where(source, cache, online):
         assert advice in str(error.value)
 
 
-def test_offline_mode_does_not_try(source, cache):
+def test_offline_mode_tries_no_download(source, cache):
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set") as error:
         source.find()
     for advice in (source.url, str(cache), "--thing"):
         assert advice in str(error.value)
 
 
-def test_a_folder_given_comes_before_the_cache(source, tmp_path, online):
+def test_a_given_folder_comes_before_the_cache(source, tmp_path, online):
     source.find()
     given = tmp_path / "given"
     given.mkdir()
@@ -136,7 +138,7 @@ def test_a_folder_given_comes_before_the_cache(source, tmp_path, online):
     assert source.given(given) == source.given(given / "found.pth") == source.find(given)
 
 
-def test_wrong_files_are_named(source, tmp_path, cache):
+def test_wrong_files_are_refused(source, tmp_path, cache):
     path = tmp_path / "found.pth"
     with pytest.raises(ValueError, match=r"found.pth does not exist"):
         source.given(path)
@@ -156,7 +158,7 @@ def test_wrong_files_are_named(source, tmp_path, cache):
         source.find()
 
 
-def test_the_cache_has_a_default_place(source, monkeypatch):
+def test_the_cache_has_a_default_folder(source, monkeypatch):
     monkeypatch.delenv("T2I_CACHE")
     assert source.cache_folder == Path.home() / ".cache" / "t2i" / "things"
 
@@ -164,7 +166,7 @@ def test_the_cache_has_a_default_place(source, monkeypatch):
 # -- the hub ---------------------------------------------------------------------------------------
 @pytest.fixture
 def at_port(monkeypatch, online):
-    """Lets the hub be at a port of this machine; says whether it is away."""
+    """A function that moves the hub to a port of this machine and returns `hub_is_away()`."""
 
     def ask(port: int, **proxies: str) -> bool:
         hub = SimpleNamespace(endpoint=f"http://127.0.0.1:{port}")
@@ -177,19 +179,19 @@ def at_port(monkeypatch, online):
     published.hub_is_away.cache_clear()
 
 
-def test_a_hub_that_is_away_is_not_asked(at_port, monkeypatch, tmp_path):
-    """Its client tries for half a minute, at every file, and a hub that takes connections and never
-    answers for seven; what it has fetched before is found.
+def test_a_hub_that_does_not_answer_is_not_asked(at_port, monkeypatch, tmp_path):
+    """Only its local cache is searched. The hub's client would retry for half a minute per file, or
+    for seven minutes if the hub accepts connections and never answers.
     """
     monkeypatch.setattr(published, "_ANSWER_SECONDS", 0.2)
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
         port = server.server_port
-        assert at_port(port), "nobody serves"
+        assert at_port(port), "it accepts connections, but no thread answers yet"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setattr(published, "_ANSWER_SECONDS", 20.0)
         assert not at_port(port)
         server.shutdown()
-    assert not at_port(port, https="proxy"), "the proxy may know the way"
+    assert not at_port(port, https="proxy"), "the proxy may be able to reach it"
     assert at_port(port)
     asked = []
 

@@ -22,7 +22,7 @@ from t2i.tensorar.sampler import sample_windows
 from t2i.tuning import LoRAConfig
 
 COUNTS = {"B": 260_923_648, "L": 461_668_352, "XL": 955_425_024, "XXL": 1_498_520_704}
-GUIDANCE = {  # of the reference at steps 0, 64, 128, 192, 255 of 256, to two digits
+GUIDANCE = {  # the reference's scales at steps 0, 64, 128, 192, 255 of 256, to two decimals
     "B": [1.00, 1.02, 1.80, 7.40, 16.00],
     "L": [1.00, 1.04, 2.09, 7.96, 15.50],
     "XL": [1.00, 1.23, 2.64, 5.29, 6.90],
@@ -36,7 +36,7 @@ def of_size(size: str) -> RAR:
     return on_meta(RAR, RARConfig(**SIZES[size]))
 
 
-# -- what was published ---------------------------------------------------------------------------
+# -- published sizes and settings -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", COUNTS)
@@ -48,7 +48,7 @@ def test_sizes(size):
 
 def test_arxiv2505_total():
     backbone = of_size("B")
-    backbone.code_vectors = tuple  # no tokenizer on meta
+    backbone.code_vectors = tuple  # a meta model has no tokenizer
     assert len(backbone.official_state_dict()) == 441
     assert round(count(TensorAR(backbone, presets.arxiv2505())) / 1e6) == 289
 
@@ -70,12 +70,12 @@ def test_sampling_presets(size):
     assert sampling.top_k == 0 and sampling.top_p == 1
 
 
-def test_an_unpublished_shape_samples_like_the_demonstration():
+def test_an_unpublished_shape_samples_with_the_demos_guidance():
     backbone = tiny_rar()
     assert [backbone.guidance(backbone.spec.sampling, t, 16) for t in (0, 15)] == [4.0] * 2
 
 
-def test_bad_power():
+def test_a_negative_guidance_power_is_refused():
     with pytest.raises(ValueError, match="cfg_power=-1"):
         SamplingConfig(cfg_power=-1.0)
 
@@ -94,7 +94,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_folder_and_checkpoint(folder, tmp_path):
+def test_a_backbone_folder_and_a_checkpoint_of_it_load(folder, tmp_path):
     backbone = t2i.load_backbone("rar", folder)
     assert backbone.config == tiny_rar().config
     model = t2i.attach(backbone, presets.arxiv2505(k=3))
@@ -133,7 +133,7 @@ def test_every_key_that_does_not_fit_is_named(tmp_path):
     assert "unexpected (1): encoder.mid.0.conv1.bias" in str(caught.value)
 
 
-def test_other_files(folder):
+def test_files_of_other_models_and_other_grids_are_refused(folder):
     with pytest.raises(ValueError, match=r"vq\.bin: not a RAR generator.*lm_head\.weight"):
         RAR.load(folder / "vq.bin")
     with pytest.raises(ValueError, match=r"rar\.bin: not a MaskGIT VQGAN.*encoder\.conv_in"):
@@ -149,7 +149,7 @@ def test_other_files(folder):
 
 
 def test_bf16(folder):
-    """Teacher-forced logits stay near those of fp32, and a window model samples with guidance."""
+    """Teacher-forced logits stay near those of fp32, and a TensorAR model samples with guidance."""
     models = [
         t2i.attach(RAR.load(folder / "rar.bin", LoadOptions(dtype=dtype)), presets.iclr2026())
         for dtype in (torch.float32, torch.bfloat16)
@@ -174,7 +174,7 @@ def test_bf16(folder):
 # -- training -------------------------------------------------------------------------------------
 
 
-def test_adapters():
+def test_lora_adapts_no_adaln_layers():
     backbone = tiny_rar()
     add_lora(backbone, LoRAConfig(rank=2))
     adapted = [n for n, p in backbone.named_parameters() if p.requires_grad and "lora_A" in n]
@@ -199,9 +199,9 @@ def test_every_parameter_trains_and_recomputation_changes_nothing():
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
     assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
     still = {n for n, g in gradients[0].items() if not g.abs().sum() > 0}
-    # The softmax sees differences between keys only.
+    # A bias common to all keys has no effect: the softmax sees only differences between them.
     assert all(n.endswith("k_norm.bias") for n in still)
-    rows = {  # of each table: 2 prefix entries and 15 tokens go in, 16 tokens are predicted
+    rows = {  # used in each table: 2 prefix entries and 15 tokens are fed, 16 tokens are predicted
         "pos_embed": range(17),
         "timesteps_embeddings": range(17),
         "target_aware_pos_embed": range(2, 18),
@@ -213,7 +213,9 @@ def test_every_parameter_trains_and_recomputation_changes_nothing():
 
 @pytest.mark.parametrize("place", ["inputs", "scores", "projection", "mlp"])
 def test_dropout_acts_in_training_only(place):
-    """Each of the places by itself, the others switched off; the MLP has two."""
+    """Dropout at each place alone changes the loss in training and not in evaluation; the MLP has
+    two places.
+    """
     model = TensorAR(tiny_rar(), presets.base())
     codes = tiny_codes(model.backbone, 3, 16)
     for module in model.modules():
@@ -231,13 +233,15 @@ def test_dropout_acts_in_training_only(place):
         still = loss_of(model.eval(), codes)
         assert torch.equal(loss_of(model, codes), still)
         seen.clear()
-        torch.manual_seed(0)  # a few masks change the loss by less
+        torch.manual_seed(0)  # with a few seeds the masks change the loss by less
         assert abs(loss_of(model.train(), codes) - still) > 1e-3
     assert seen == {"projection": [32, 32], "mlp": [64, 32] * 2}.get(place, [])
 
 
 def test_pretraining_from_a_config():
-    """`initialize` starts at the uniform distribution; a few steps later the class decides."""
+    """`initialize` starts at the uniform distribution; after 100 steps the model has learned one
+    image for each class.
+    """
     sizes = {"vocab_size": 48, "num_classes": 3, "dropout": 0.0, "attn_dropout": 0.0}
     backbone = RAR(RARConfig(32, 2, 2, 64, grid=(4, 4), **sizes)).train()
     backbone.gpt.initialize(torch.Generator().manual_seed(0))

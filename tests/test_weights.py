@@ -1,4 +1,4 @@
-"""Every layout of weight file loads; a damaged or foreign one ends in one ValueError."""
+"""Weight files of every layout load; a damaged or foreign file is refused with one ValueError."""
 
 import argparse
 import errno
@@ -49,7 +49,7 @@ LAYOUTS = {
         for k in sd
     },
     "nested_the_other_way": lambda sd: {"state_dict": {"model": {"module": sd}}},
-    "a_key_of_ones_own": lambda sd: {"model_state_dict": sd, "epoch": 3, "optimizer": {"a": {}}},
+    "another_key": lambda sd: {"model_state_dict": sd, "epoch": 3, "optimizer": {"a": {}}},
     "averages_alone": lambda sd: {"ema": sd, "steps": 3},
     "averaged_model_of_ddp": lambda sd: {
         "n_averaged": torch.tensor(3),
@@ -79,8 +79,8 @@ def test_layouts_load(tmp_path, weights, layout):
 
 @pytest.mark.parametrize("shapes_only", [False, True])
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_what_is_computed_is_left_out(tmp_path, name, shapes_only):
-    """Of every family: some saved files carry it along."""
+def test_computed_tables_in_a_file_are_ignored(tmp_path, name, shapes_only):
+    """Some files of every family contain masks and tables that the model computes."""
     computed = (
         "transformer.freqs_cis",  # Open-MAGVIT2
         "transformer.causal_mask",
@@ -94,15 +94,15 @@ def test_what_is_computed_is_left_out(tmp_path, name, shapes_only):
 
 
 def test_old_pickles_load(tmp_path, weights):
-    """Those of before torch 1.6 are no zip archives, and cannot be mapped."""
+    """Files written before torch 1.6 are not zip archives and cannot be memory-mapped."""
     torch.save({"model": weights}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
     loaded = read_state_dict(tmp_path / "x.pt")
     assert all(torch.equal(loaded[k], weights[k]) for k in weights)
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
-def test_weights_are_mapped_and_not_read(name, tmp_path):
-    """Copied into a model of their own size, they would be in memory twice."""
+def test_weights_are_memory_mapped(name, tmp_path):
+    """If they were read, they would be in memory twice while they are copied into a model."""
     weights = {"a": torch.ones(64 << 18)}  # 64 MiB
     (torch.save if name == "x.pt" else save_file)(weights, tmp_path / name)
     status = Path("/proc/self/status")
@@ -113,12 +113,12 @@ def test_weights_are_mapped_and_not_read(name, tmp_path):
 
 
 def own_memory(status: str) -> int:
-    """KiB of this process that no file stands for."""
+    """KiB of the process's memory that are not backed by a file."""
     return int(status.partition("RssAnon:")[2].split()[0])
 
 
 class Payload:
-    """Creates a file when it is unpickled without care."""
+    """Creates a file if it is unpickled unsafely."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -148,7 +148,8 @@ def _damaged(kind: str, folder: Path, weights) -> Path:
 @pytest.mark.parametrize(
     "kind", ["truncated", "truncated_old", "empty", "html", "pickle_stack", "unsafe"]
 )
-def test_damaged_files(tmp_path, weights, kind):
+def test_damaged_files_are_refused(tmp_path, weights, kind):
+    """No code in the file is executed, and torch's advice to allow it is not repeated."""
     path = _damaged(kind, tmp_path, weights)
     with pytest.raises(ValueError, match=r"gpt\.pt cannot be read") as refused:
         read_state_dict(path)
@@ -158,15 +159,15 @@ def test_damaged_files(tmp_path, weights, kind):
 
 
 @pytest.mark.parametrize("name", ["gpt.pt", "model.safetensors"])
-def test_a_pointer_in_place_of_weights(tmp_path, name):
-    """What `git clone` leaves of a large file without Git LFS."""
+def test_a_git_lfs_pointer_is_refused_as_such(tmp_path, name):
+    """`git clone` leaves it in place of a large file if Git LFS is not installed."""
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
     (tmp_path / name).write_text(pointer)
     with pytest.raises(ValueError, match="Git LFS pointer, not the file: run `git lfs pull`"):
         read_state_dict(tmp_path / name)
 
 
-def test_truncated_safetensors(tmp_path, weights):
+def test_truncated_safetensors_are_refused(tmp_path, weights):
     path = tmp_path / "model.safetensors"
     save_file(weights, path)
     path.write_bytes(path.read_bytes()[:-100])
@@ -186,31 +187,31 @@ def test_truncated_safetensors(tmp_path, weights):
         {"generator": {"a": torch.zeros(1)}, "discriminator": {"b": torch.zeros(1)}},
     ],
 )
-def test_files_without_a_state_dict(tmp_path, content):
+def test_files_without_a_state_dict_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="holds no state dict"):
         read_state_dict(tmp_path / "x.pt")
 
 
-def test_safetensors_of_another_name(tmp_path, weights):
-    """As the hub's cache has them, by their hash."""
+def test_safetensors_load_under_any_file_name(tmp_path, weights):
+    """In the hub's cache they are named by their hash."""
     save_file(weights, tmp_path / "c2i")
     assert read_state_dict(tmp_path / "c2i").keys() == weights.keys()
 
 
-def test_a_weight_under_two_names(tmp_path, weights):
+def test_a_weight_under_two_names_is_refused(tmp_path, weights):
     path = tmp_path / "gpt.pt"
     torch.save({**weights, "module.norm.weight": weights["norm.weight"] + 1}, path)
     with pytest.raises(UserError, match=r"norm\.weight twice, once as module\.norm\.weight"):
         LlamaGen.load(path, LoadOptions(CONFIG))
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.pt does not exist"):
         read_state_dict(tmp_path / "nowhere.pt")
 
 
-def test_wrong_family(tmp_path, weights):
+def test_files_of_another_model_are_refused(tmp_path, weights):
     vq, gpt, other = (tmp_path / name for name in ("vq.pt", "gpt.pt", "other.pt"))
     torch.save({"model": tiny_vq().state_dict()}, vq)
     torch.save({"model": weights}, gpt)
@@ -245,7 +246,7 @@ def test_every_key_that_does_not_fit_is_named(tmp_path, weights):
 
 @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
 def test_numbers_that_are_not_finite_are_named(tmp_path, weights, number):
-    """Images came out as noise, and in training the rates were blamed."""
+    """Used to load: images came out as noise, and training blamed the learning rates."""
     bad = dict(weights)
     bad["output.weight"] = bad["output.weight"].clone()
     bad["output.weight"][3, 2] = number
@@ -260,13 +261,13 @@ def test_unpublished_shape_needs_a_config(tmp_path, weights):
         LlamaGen.load(tmp_path / "gpt.pt")
 
 
-def test_grid_beside_a_config(tmp_path, weights):
+def test_a_given_grid_replaces_the_configs(tmp_path, weights):
     torch.save(weights, tmp_path / "gpt.pt")
     backbone = LlamaGen.load(tmp_path / "gpt.pt", LoadOptions(CONFIG, grid=(2, 8)))
     assert backbone.spec.grid == (2, 8) and backbone.spec.num_tokens == 16
 
 
-def test_file_helpers(tmp_path):
+def test_json_is_written_whole_and_files_are_hashed(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"caption": "é"})
     assert path.read_text(encoding="utf-8") == '{\n  "caption": "é"\n}\n'
@@ -275,8 +276,8 @@ def test_file_helpers(tmp_path):
     assert file_sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
-def test_a_file_without_permission(tmp_path, monkeypatch, weights):
-    """Weights were said to be damaged, and hashing them ended in a traceback."""
+def test_a_file_without_read_permission_is_refused_as_such(tmp_path, monkeypatch, weights):
+    """Used to be reported as damaged weights; hashing it used to end in a traceback."""
 
     def refuse(*arguments):
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -289,8 +290,8 @@ def test_a_file_without_permission(tmp_path, monkeypatch, weights):
                 read(tmp_path / "a.pt")
 
 
-def test_a_folder_in_place_of_a_weight_file(tmp_path):
-    """It "does not exist", said the message."""
+def test_a_folder_given_as_a_weight_file_is_refused_as_such(tmp_path):
+    """Used to be reported as a file that does not exist."""
     with pytest.raises(UserError, match="is a folder or a special file"):
         read_state_dict(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
