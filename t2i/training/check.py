@@ -41,7 +41,7 @@ from t2i.training.run_plan import (
     peak_rates,
     plan_run,
 )
-from t2i.training.run_state import check_resumable, claim_run_dir
+from t2i.training.run_state import check_resumable, claim_run_dir, steps_done
 from t2i.training.scale import checkpoint_bytes
 from t2i.training.settings import plain, settings_of
 from t2i.training.start import build_model
@@ -79,9 +79,8 @@ def look_before_work(
         return None, None
     source = open_data(config.data)
     known = [n for n in (source.length, config.data.max_samples) if n is not None]
-    if known:
-        plan_run(config, min(known))
-    return source, min(known, default=None)
+    plan_run(config, total := min(known, default=None))  # raises if they are too few
+    return source, total
 
 
 def _refuse_no_text(config: TrainConfig) -> None:
@@ -149,10 +148,14 @@ def check(
             plan = plan_run(config, survey.usable)
             if plan is not None and isinstance(config.data, DataOptions):
                 same = torch.tensor(survey.pictures)
-                split_indices(survey.usable, plan.held_out, config.seed, same)
+                _, held_out = split_indices(survey.usable, plan.held_out, config.seed, same)
+                plan = plan_run(config, survey.usable, len(held_out))
         except UserError as error:  # still report which samples are skipped, and why
             warnings.append(f"training would end at once: {error}")
             otherwise = "end at once"
+    if checkpoint and plan and steps_done(config, checkpoint, plan.steps) == plan.steps:
+        warnings.append(f"all {plan.steps} steps are done; more --steps (or --epochs) go on")
+        otherwise = "end at once"
     size, too_much = size_report(model, config, plan, world_size)
     weights, state = map(readable_size, checkpoint_bytes(model, config))
     sections = {
@@ -185,10 +188,7 @@ def _captioned(
     size = image_size(backbone)
     rules = ImageRules(size, small=options.small_images)
     survey, usable = survey_source(
-        source,
-        rules,
-        caption_notes=backbone.caption_notes,
-        max_samples=options.max_samples,
+        source, rules, caption_notes=backbone.caption_notes, max_samples=options.max_samples
     )
     if not usable:
         raise UserError(f"none of the samples looked at can be used: {survey.describe()}")
