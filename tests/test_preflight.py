@@ -289,6 +289,7 @@ def test_what_changes_memory(tiny_world):
     assert cost(engine__gradient_checkpointing=True).kept < plain.kept
     assert cost(engine__gradient_checkpointing=True).flops > plain.flops
     assert cost(engine__codec_checkpointing=True).kept < 0.9 * plain.kept
+    assert cost(engine__compile=True) == plain
     assert cost(engine__micro_batch=8).kept == pytest.approx(2 * plain.kept, rel=0.05)
     assert cost(method__k=8).passing > 2 * plain.passing
     assert cost(method__own_drafts=1.0).flops == pytest.approx(4 / 3 * plain.flops)

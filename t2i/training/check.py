@@ -28,7 +28,7 @@ from t2i.sources import check_named
 from t2i.tensorar.model import TensorAR
 from t2i.training.batches import refuse_changed_files
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
-from t2i.training.engine import deepspeed_config, parameter_groups
+from t2i.training.engine import check_compiler, deepspeed_config, parameter_groups
 from t2i.training.examples import check_backbone, image_size, views_of
 from t2i.training.logs import choose_tracker
 from t2i.training.memory import FLOPS, Cost, estimate, logit_bytes, state_bytes, weight_bytes
@@ -66,6 +66,7 @@ def look_before_work(
         check_resumable(config, world_size, checkpoint)
     check_cache_dir(config.data.cache_dir)
     deepspeed_config(config, world_size)
+    check_compiler(config)
     base = config.backbone
     if checkpoint is None:
         refuse_inside(config.run_dir, config.data)
@@ -251,8 +252,7 @@ def _labelled(
     if not usable:
         raise UserError(f"none of the images looked at can be used: {survey.describe()}")
     views = views_of(options).count
-    per_image = views * backbone.spec.num_tokens * len(backbone.spec.subvocabs) * 2
-    gigabytes = count * per_image / 1e9
+    gigabytes = count * views * backbone.spec.num_tokens * len(backbone.spec.subvocabs) * 2 / 1e9
     lines = [
         f"{source}{count} images of {len(opened.classes)} classes",
         f"looked at     {survey.seen} of them: {survey.describe()}",

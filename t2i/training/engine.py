@@ -20,6 +20,7 @@ from t2i.errors import UserError
 from t2i.files import read_json
 from t2i.processes import Processes, local_gpu
 from t2i.tensorar.model import TensorAR
+from t2i.tensorar.speed import compiler_lacks
 from t2i.training.batches import Batch
 from t2i.training.config import TrainConfig
 
@@ -55,6 +56,13 @@ def _choose_accelerator() -> bool:
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return cuda
+
+
+def check_compiler(config: TrainConfig) -> None:
+    """UserError if blocks are to be compiled, and this machine lacks what that takes."""
+    device = torch.device("cuda" if _choose_accelerator() else "cpu")
+    if config.engine.compile and (lacking := compiler_lacks(device)):
+        raise UserError(f"engine.compile needs {lacking}: install it, or leave the option out")
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
