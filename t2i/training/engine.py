@@ -102,14 +102,32 @@ def _zero_settings(path: Path, stage: int) -> dict:
             f"{path} sets {', '.join(others)}; only zero_optimization may be set there, use this "
             "program's options for the rest"
         )
-    settings = content.get("zero_optimization", {})
+    # "auto", as files for other trainers have it, is DeepSpeed's own default.
+    given = content.get("zero_optimization", {})
+    settings = {name: value for name, value in given.items() if value != "auto"}
     _choose_accelerator()
     _check_zero_options(settings, stage, path)
     if settings.get("stage", stage) != stage:
         raise UserError(
-            f"{path} is for ZeRO stage {settings['stage']}, but engine.zero_stage is {stage}"
+            f"{path} is for ZeRO stage {settings['stage']!r}, but engine.zero_stage is {stage}"
         )
+    _refuse_unread(settings, stage, path)
     return settings
+
+
+def _refuse_unread(settings: dict, stage: int, path: Path) -> None:
+    """UserError for offloading that DeepSpeed would not do, or has no place for."""
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        part = settings.get(name) or {}
+        if part.get("device", "none") == "none":
+            continue
+        if stage < least:
+            raise UserError(
+                f"{path}: {name} has no effect with engine.zero_stage={stage}: it needs "
+                f"--engine.zero-stage {least}{' to 3' if least < 3 else ''}"
+            )
+        if part["device"] == "nvme" and not part.get("nvme_path"):
+            raise UserError(f"{path}: {name} to nvme needs an nvme_path, a folder on that disk")
 
 
 def _check_zero_options(settings: dict, stage: int, path: Path) -> None:
