@@ -356,5 +356,6 @@ def refuse_gone(source: BackboneSource, folder: Path, *, weights: bool) -> None:
     if gone:
         raise UserError(
             f"{folder} was trained with files that are gone: {'; '.join(gone)}. "
-            "--base.weights FOLDER (base=) finds all that moved into one folder"
+            "--base.weights FOLDER (base=) finds all that moved into one folder. In training these "
+            "options begin with --backbone; a new run starts from an export that was made so"
         )
