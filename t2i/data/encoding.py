@@ -44,7 +44,15 @@ from t2i.data.data_report import (
 )
 from t2i.data.images import ImageRules, SkipSample
 from t2i.data.samples import Sample, Source
-from t2i.data.store import FORMAT, MANIFEST, ShardReader, ShardWriter, shard_path, shard_paths
+from t2i.data.store import (
+    FORMAT,
+    MANIFEST,
+    ShardReader,
+    ShardWriter,
+    read_manifest,
+    shard_path,
+    shard_paths,
+)
 from t2i.errors import UserError
 from t2i.fields import leaves
 from t2i.files import read_json, remove_leftovers, wait_for, writable_folder, write_text
@@ -315,7 +323,7 @@ def _surroundings(source: Source) -> str:
 
 def _refresh(folder: Path, source: Source) -> None:
     """Bring the report up to date with files around the samples, which the key does not cover."""
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_manifest(folder)
     if manifest["surroundings"] != _surroundings(source):
         shards = map(ShardReader, shard_paths(folder))
         with suppress(UserError):  # someone else's store, which can only be read
