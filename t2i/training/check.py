@@ -241,11 +241,11 @@ def _labelled(
     opened = open_labelled(options, backbone.spec)
     source = f"source        {', '.join(options.source)}: "
     if isinstance(opened, LlamaGenCodes):
-        backbone.spec.check_codes(opened.codes([0]))
+        opened.look(backbone.spec.check_codes, backbone.spec.num_classes)
         return None, len(opened), [f"{source}{len(opened)} x {opened.views} views"], []
     count = opened.length or 0
     if isinstance(opened, JsonlCodes):
-        backbone.spec.check_codes(opened.codes(0))
+        opened.look(backbone.spec.check_codes)
         return None, count, [f"{source}{count} lines"], []
     size = image_size(backbone)
     survey, usable = survey_source(opened, ImageRules(size, small="upscale"))
