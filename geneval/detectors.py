@@ -35,9 +35,10 @@ HUB_APPROXIMATION = "facebook/mask2former-swin-small-coco-instance"
 _CONVERSION = 1  # of the cached folder; raise it when geneval.mmdet_weights gives something else
 _SHORTEST_HASH = 8
 _LIBRARIES = ("torch", "transformers", "open-clip-torch", "pillow", "numpy")
+_OPTION = "--detector-weights (in training: --reward.detector-weights)"
 # Files that carry the first digits of their SHA-256 in their names (OpenMMLab's rule), or all of it
 # in their address.
-_ADVICE = "copy it into the folder that you give as --detector-weights"
+_ADVICE = f"copy it into the folder that you give as {_OPTION}"
 
 # One training run under two names: mmdet 3.x's (what GenEval's download script fetches), 2.x's.
 MASK2FORMER = PublishedFile(
@@ -148,7 +149,7 @@ def _approximation(weights: Path | None) -> Path:
     return weights or fetch_folder(
         HUB_APPROXIMATION,
         ["config.json", "model.safetensors"],
-        advice="Give its folder as --detector-weights",
+        advice=f"Give its folder as {_OPTION}",
     )
 
 

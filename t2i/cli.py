@@ -25,6 +25,8 @@ from t2i.launcher import handling, is_main_process, resume_command, stop_signals
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+log = logging.getLogger(__name__)
+
 Config = TypeVar("Config", bound="DataclassInstance")
 _HELP, _HELP_ALL = ("-h", "--help"), "--help-all"
 _UNREAD = (errno.EPIPE, errno.ENOSPC)
@@ -92,6 +94,7 @@ def _parsed(
         description += "\n\n  --help-all shows every option"
     given = ["--help" if a == _HELP_ALL else a for a in given]
     _refuse_repeats(default, given)
+    _warn_of_repeats(given)
     _refuse_dashes(given)
     _refuse_blanks(default, given)
     config = tyro.cli(
@@ -114,6 +117,18 @@ def _refuse_repeats(config: "DataclassInstance | type", given: Sequence[str]) ->
     for name in _lists(config):
         if (count := names.count(name)) > 1:
             raise UserError(f"{name} is given {count} times: give it once, followed by all values")
+
+
+def _warn_of_repeats(given: Sequence[str]) -> None:
+    """Warn of options that are given twice with different values: the last one counts."""
+    values: dict[str, list[str]] = {}
+    for option, following in pairwise([*given, "--"]):
+        name, equals, own = option.partition("=")
+        if name.startswith("--") and (equals or not following.startswith("--")):
+            values.setdefault(name.replace("_", "-"), []).append(own if equals else following)
+    for name, found in values.items():
+        if len({*found}) > 1:  # scripts override options so, but one of two data sets gets lost
+            log.warning("%s is given %d times: %s counts", name, len(found), found[-1])
 
 
 def _refuse_dashes(given: Sequence[str]) -> None:

@@ -61,9 +61,18 @@ def is_main_process() -> bool:
 
 
 def world_size() -> int:
-    """Number of processes that the launcher started; 1 without one."""
+    """Number of processes that the launcher started, or that --check is to assume; 1 without one.
+    UserError as `settle_group`.
+    """
     adopt_launcher()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" in os.environ:
+        settle_group()
+    return _number("WORLD_SIZE") or 1
+
+
+def is_one_of_several() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return world_size() > 1 and "RANK" in os.environ  # WORLD_SIZE alone is left over in the shell
 
 
 def adopt_launcher() -> None:

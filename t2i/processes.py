@@ -91,7 +91,7 @@ def join_processes(device: torch.device) -> Processes:
     as long as it takes. An existing group is used as it is.
     """
     if not dist.is_initialized():
-        if launcher.world_size() == 1:
+        if not launcher.is_one_of_several():
             return Processes(device=device)
         dist.init_process_group("gloo", timeout=timedelta(days=30))
         launcher.watch_launcher()

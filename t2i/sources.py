@@ -203,6 +203,10 @@ def _read_backbone_folder(path: Path, family: Family) -> dict:
     stored = read_object(path / "config.json")
     if "family" not in stored and family.published_as_folder:
         return {}
+    published = (n for n in FAMILIES if stored.get("model_type") in find_family(n).model_types)
+    found = stored.get("family", next(published, family.name))
+    if isinstance(found, str) and found != family.name:
+        raise UserError(f"{path} holds a {found} backbone, not {family.name}")
     kinds: dict[str, type] = dict.fromkeys(("family", *_FILES), str)
     kinds |= dict.fromkeys(("config", "sampling"), dict)
     for name in ("family", "weights", *(() if family.published_as_folder else ("config",))):
@@ -221,8 +225,6 @@ def _read_backbone_folder(path: Path, family: Family) -> dict:
                 f"{path / 'config.json'}: {name} is {stored[name]!r:.80}, "
                 f"but must be of type {kind.__name__}"
             )
-    if stored["family"] != family.name:
-        raise UserError(f"{path} holds a {stored['family']} backbone, not {family.name}")
     return stored
 
 
@@ -354,5 +356,6 @@ def refuse_gone(source: BackboneSource, folder: Path, *, weights: bool) -> None:
     if gone:
         raise UserError(
             f"{folder} was trained with files that are gone: {'; '.join(gone)}. "
-            "--base.weights FOLDER (base=) finds all that moved into one folder"
+            "--base.weights FOLDER (base=) finds all that moved into one folder. In training these "
+            "options begin with --backbone; a new run starts from an export that was made so"
         )

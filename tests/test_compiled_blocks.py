@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import tiny_codes, tiny_prepared
+from runs import tiny_run
 from torch import nn
 
 from t2i import products
@@ -13,7 +14,9 @@ from t2i.products import fast_products
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.speed import compiler_lacks
+from t2i.training.check import check
 from t2i.training.config import EngineOptions, TrainConfig
+from t2i.training.loop import train
 
 CPU = torch.device("cpu")
 
@@ -53,6 +56,15 @@ def test_compiled_blocks_train_alike(backbone, monkeypatch, handed_over):
     with fast_products(CPU, 16):
         fast = step(model, True)
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_training_needs_the_compiler_before_it_starts(tiny_world, monkeypatch):
+    monkeypatch.setenv("CXX", "no-compiler")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    config = tiny_run(tiny_world, "uncompiled", engine__compile=True)
+    for begin in (check, train):
+        with pytest.raises(UserError, match=r"engine.compile needs a C.. compiler .*no-compiler"):
+            begin(config)
 
 
 def test_compiled_blocks_are_refused_with_sharded_weights():

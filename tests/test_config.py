@@ -47,6 +47,14 @@ def test_a_recipe_by_itself(name, monkeypatch):
     assert cli.parse_recipe(RECIPES, "") == RECIPES[name][1]
 
 
+def test_of_two_values_the_last_counts_and_that_is_said(monkeypatch, caplog):
+    """Of two folders of data one was not read, without a word."""
+    text = "--data.source a --check --steps 3 --data.source=b --seed 1 --seed 1 --no-resume"
+    monkeypatch.setattr(sys, "argv", ["train", "shapes-control", *text.split()])
+    assert cli.parse_recipe(RECIPES, "").data.source == "b"
+    assert caplog.messages == ["--data.source is given 2 times: b counts"]
+
+
 def dataclasses_within(kind: type) -> set[type]:
     """A config dataclass and all that are the type of a field in it."""
     found = {kind}

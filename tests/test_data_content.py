@@ -20,11 +20,12 @@ from test_data_store import build, encode_images
 from t2i import published
 from t2i.checkpoint import load_model
 from t2i.checkpoint_folders import is_checkpoint
-from t2i.data import content
+from t2i.data import content, encoding
 from t2i.data.content import ABSENT, describe_changes, hash_files
 from t2i.data.data_report import survey_source
 from t2i.data.encoding import check_cache_dir
 from t2i.data.images import ImageRules
+from t2i.data.store import CodeStore
 from t2i.errors import UserError
 from t2i.processes import Processes
 from t2i.shapes.shapes_source import parse_shapes
@@ -194,3 +195,28 @@ def test_an_unwritable_cache_is_noticed_first(tmp_path):
     assert not seen
     check_cache_dir(tmp_path / "new" / "cache")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("change", ["edit", "remove", "caption", "everything"])
+def test_data_that_change_while_they_are_encoded_are_not_kept(tmp_path, monkeypatch, change):
+    """A drive that went away: what it lacked was missing for good, under the name of the whole."""
+    data, cache = make("sidecar", tmp_path / "data"), tmp_path / "cache"
+    copy = shutil.copytree(data, tmp_path / "copy")
+    source, hashed = open_source(data), encoding.hash_files
+
+    def hash_and_change(*given):
+        found = hashed(*given)
+        os.utime(data / "2.png")  # touched alone: no change
+        for path in {"edit": [data / "0.png"], "everything": [*data.iterdir()]}.get(change, ()):
+            path.write_bytes(b"")
+        if change in ("remove", "caption"):
+            (data / f"0.{'png' if change == 'remove' else 'txt'}").unlink()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "hash_files", hash_and_change)
+        with pytest.raises(UserError, match=r"changed while it was encoded \(\d files? w"):
+            build(source, cache)
+    shutil.rmtree(data)
+    shutil.copytree(copy, data)
+    assert len(CodeStore(build(open_source(data), cache))) == 3

@@ -306,6 +306,19 @@ def test_a_damaged_shard_says_what_to_do(tmp_path, what, suffix):
     build(open_source(tmp_path / "data"), tmp_path / "cache")
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", "{", "", '{"key": {"format": 3}}'])
+def test_a_damaged_manifest_says_what_to_do(tmp_path, content):
+    """A traceback, or the advice to copy it again."""
+    source = open_source(make("sidecar", tmp_path / "data"))
+    folder = build(source, tmp_path / "cache")
+    (folder / "manifest.json").write_text(content)
+    message = rf"manifest.json is missing or damaged .*Delete {folder} and start again"
+    with pytest.raises(UserError, match=message):
+        build(source, tmp_path / "cache")
+    with pytest.raises(UserError, match=message):
+        CodeStore(folder)
+
+
 def test_shards_of_six_digits_keep_their_order(tmp_path):
     """Where the report is made again, the samples changed places: 100000 sorts before 99999."""
     source = open_source(make("sidecar", tmp_path / "data"))

@@ -18,6 +18,7 @@ from test_data_sources import png as picture
 from t2i.data.sources.classes import find_classes
 from t2i.errors import UserError
 from t2i.training.check import check
+from t2i.training.loop import Run
 from t2i.training.recipes import recipe
 
 
@@ -166,6 +167,13 @@ def test_dots_in_names_of_a_tar(tmp_path):
     assert source.length == 1 and source.remarks == []
 
 
+def test_a_caption_whose_name_goes_on_behind_a_dot(tmp_path):
+    """It was offered as a column, accepted, and then no sample had a caption."""
+    write_tar(tmp_path / "0.tar", {"a.image.png": picture(0), "a.caption.txt": "x"})
+    named = {"image_column": "image.png", "caption_column": "caption.txt"}
+    assert captions(open_source(tmp_path, **named)) == [["x"]]
+
+
 def test_two_captions_of_a_tar(tmp_path):
     """A text and a JSON field that differ: which is read is said, unless it was asked for."""
     same = {"0.png": picture(0), "0.txt": "x", "0.json": json.dumps({"caption": " x", "n": 1})}
@@ -204,8 +212,26 @@ def test_one_picture_alone_before_the_run(tmp_path):
     assert "only 1 different images" in report and report.endswith("would end at once")
 
 
+def test_what_is_held_out_before_the_run(tmp_path):
+    """--check counted the least number, where copies of a picture make it more."""
+    options = {"data.source": str(tmp_path / "data"), "data.validation_samples": 2, "epochs": 4}
+    options |= {"data.cache_dir": str(tmp_path / "cache"), "run_dir": str(tmp_path / "run")}
+    rows = [{"file_name": "a.png" if i < 8 else f"{i}.png", "text": "x"} for i in range(12)]
+    write_metadata(tmp_path / "data", rows)
+    for i, name in enumerate({row["file_name"]: 0 for row in rows}):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / "data" / name)
+    options |= {"steps": None, "batch_size": 2, "engine.micro_batch": 2}
+    config = recipe("shapes-control", options)
+    report, plan = check(config), Run(config).plan
+    assert plan.held_out >= 8
+    assert f"{plan.held_out} of 12 samples held out" in report
+    assert f"{plan.steps} steps = 4.00 passes over {plan.training}" in report
+
+
 def test_mixed_folders_are_ambiguous(tmp_path):
     write_images(tmp_path)
     write_tar(tmp_path / "0.tar", {"a.png": picture(0), "a.txt": "x"})
-    with pytest.raises(ValueError, match=r"holds \.tar files and also 0\.png"):
-        open_source(tmp_path)
+    words = rf"holds \.tar files and also 0\.png.*'{tmp_path}/\*\.tar'"
+    for given in (tmp_path, tmp_path / "*"):
+        with pytest.raises(ValueError, match=words):
+            open_source(given)

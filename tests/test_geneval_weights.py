@@ -49,7 +49,9 @@ def test_wrong_files_are_refused(tmp_path):
         load_detector("mask2former", weights=path)
     for part in (file_sha256(path), *MASK2FORMER.hashes, MASK2FORMER.url):
         assert part in str(error.value)
-    with pytest.raises(ValueError, match=r"Mask2Former.*--detector-weights"):
+    with pytest.raises(
+        ValueError, match=r"Mask2Former.*--detector-weights \(in training: --reward"
+    ):
         load_detector("mask2former")
 
 

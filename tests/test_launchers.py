@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from forks import free_port
 from programs import ROOT
 from runs import metrics, plain_options
@@ -16,7 +17,7 @@ from runs import metrics, plain_options
 from launch.lab.soak_processes import processes_of
 from t2i import checkpoint_folders, launcher
 from t2i.errors import UserError
-from t2i.processes import ALONE
+from t2i.processes import ALONE, join_processes
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -279,5 +280,12 @@ def test_srun_tasks_join(tmp_path):
 def test_variables_that_describe_no_process_are_named(monkeypatch, kept):
     """Variables left over in a shell used to give tracebacks from PyTorch and DeepSpeed."""
     monkeypatch.setattr(os, "environ", dict(kept))
-    with pytest.raises(UserError, match=rf"RANK={kept['RANK']}, .*MASTER_ADDR=.* unset RANK"):
-        launcher.settle_group()
+    for begin in (launcher.settle_group, launcher.world_size):  # of training; of all others
+        with pytest.raises(UserError, match=rf"RANK={kept['RANK']}, .*MASTER_ADDR=.* unset RANK"):
+            begin()
+
+
+def test_a_size_without_a_rank_means_one_process(monkeypatch):
+    """As training takes it; drawing ended in a traceback."""
+    monkeypatch.setattr(os, "environ", {"WORLD_SIZE": "8"})
+    assert join_processes(torch.device("cpu")).world_size == 1

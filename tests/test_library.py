@@ -19,6 +19,7 @@ from t2i import generation, loading
 from t2i.loading import pick_device
 from t2i.lora import add_lora, load_adapter, save_adapter
 from t2i.shapes.shapes_detector import ShapesDetector
+from t2i.sources import ASSETS
 from t2i.tuning import LoRAConfig
 
 
@@ -94,6 +95,8 @@ def test_generate_with_a_backbone_or_without_captions():
         (lambda: t2i.attach(tiny_rar(), t2i.presets.iclr2026), "config is .*t2i.presets"),
         (lambda: t2i.load_backbone("shapes", "shapes"), "unknown backbone family 'shapes'"),
         (lambda: t2i.load_backbone("rar", "shapes"), "holds a llamagen backbone, not rar"),
+        (lambda: t2i.load_backbone("rar", "shapes-janus"), "holds a janus backbone, not rar"),
+        (lambda: t2i.load_backbone("rar", ASSETS / "shapes-janus/model"), "a janus backbone, not"),
         (lambda: t2i.load_backbone("rar", "shapes", config={"dim": 3}), "config .*RARConfig"),
         (lambda: t2i.load_backbone("rar", "shapes", config=(16,)), r"or a grid .*is \(16,\)"),
         (lambda: t2i.from_pretrained("shapes"), "does not exist"),

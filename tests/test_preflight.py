@@ -296,6 +296,7 @@ def test_settings_that_change_memory(tiny_world):
     assert cost(engine__gradient_checkpointing=True).kept < plain.kept
     assert cost(engine__gradient_checkpointing=True).flops > plain.flops
     assert cost(engine__codec_checkpointing=True).kept < 0.9 * plain.kept
+    assert cost(engine__compile=True) == plain
     assert cost(engine__micro_batch=8).kept == pytest.approx(2 * plain.kept, rel=0.05)
     assert cost(method__k=8).passing > 2 * plain.passing
     assert cost(method__own_drafts=1.0).flops == pytest.approx(4 / 3 * plain.flops)
@@ -343,6 +344,8 @@ def test_the_kits_own_deepspeed_file_is_found_from_any_folder(tmp_path, monkeypa
         ({"offload_param": {"device": "cpuu"}}, "zero_optimization.offload_param.device='cpuu'"),
         ({"zenflow": {"topk_ratioo": 0.1}}, "zenflow.topk_ratioo; did you mean topk_ratio?"),
         ({"offload_param": True}, "zero_optimization.offload_param=True"),
+        ({"offload_param": {"device": "nvme"}}, "offload_param to nvme needs an nvme_path"),
+        ({"stage": "3"}, "is for ZeRO stage '3', but engine.zero_stage is 3"),
     ],
 )
 def test_misspelt_deepspeed_keys(settings, words, tmp_path):
@@ -353,5 +356,17 @@ def test_misspelt_deepspeed_keys(settings, words, tmp_path):
     with pytest.raises(UserError) as caught:
         deepspeed_config(config, 1)
     assert words in str(caught.value)
+    path.write_text('{"zero_optimization": {"reduce_bucket_size": "auto"}}')
+    assert deepspeed_config(config, 1)["zero_optimization"] == {"stage": 3}
     path.write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}')
     assert deepspeed_config(config, 1)["zero_optimization"]["offload_optimizer"]["ratio"] == 0.5
+
+
+@pytest.mark.parametrize(("name", "stage"), [("offload_optimizer", 0), ("offload_param", 2)])
+def test_offloading_that_would_not_happen(name, stage, tmp_path):
+    """DeepSpeed passes over it at such a stage, and the memory is not saved."""
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {name: {"device": "cpu"}}}))
+    engine = replace(TrainConfig().engine, deepspeed_config=path, zero_stage=stage)
+    with pytest.raises(UserError, match=f"{name} has no effect with engine.zero_stage={stage}"):
+        deepspeed_config(TrainConfig(engine=engine), 1)

@@ -1,6 +1,7 @@
 """ImageNet codes in the formats of LlamaGen and RAR: read as they are, or converted once."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from t2i.data.store import CodeStore
 from t2i.errors import UserError
 from t2i.models.llamagen.llamagen_model import LlamaGen
 from t2i.processes import ALONE, Processes
-from t2i.training.config import LabelledOptions, TrainConfig
+from t2i.training.batches import TrainingData
+from t2i.training.config import EngineOptions, LabelledOptions, TrainConfig
 from t2i.training.examples import encode_examples
 from t2i.training.start import build_model
 
@@ -234,3 +236,36 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path, positions, code, messa
     config = TrainConfig(data=LabelledOptions(source=(str(tmp_path),)))
     with pytest.raises(ValueError, match=message):
         encode_examples(config, tiny_rar(), ALONE)
+
+
+def test_codes_that_do_not_fit_are_named_before_the_run(tmp_path):
+    """--check looked at the first image or line alone; in mid-run no file was named."""
+    spec = replace(tiny_rar().spec, grid=(1, 5), subvocabs=(1000,))
+    root = write_llamagen(tmp_path / "a")
+    LlamaGenCodes(root).look(spec.check_codes, 22)
+    np.save(root / "imagenet256_labels" / "2.npy", np.array([22]))
+    with pytest.raises(UserError, match=r"labels/2\.npy holds class 22; expected one below 22"):
+        LlamaGenCodes(root).look(spec.check_codes, 22)
+    np.save(root / "imagenet256_labels" / "2.npy", np.array([21]))
+    np.save(root / "imagenet256_codes" / "3.npy", np.full((1, 3, 5), 1000))
+    with pytest.raises(UserError, match=r"codes/3\.npy: the data has codes from 1000 to 1000"):
+        LlamaGenCodes(root).look(spec.check_codes, 22)
+    end = '\n{"class_id": true, "tokens": [0, 1, 2]}'
+    path = write_jsonl(tmp_path / "maskgitvq.jsonl", end=end)
+    spec = replace(spec, grid=(1, 3), subvocabs=(1024,))
+    with pytest.raises(UserError, match="line 9: class True and 3 tokens"):
+        JsonlCodes(path).look(spec.check_codes)
+
+
+def test_a_class_that_does_not_fit_is_named_in_a_run(tmp_path):
+    backbone, root = tiny_rar(), tmp_path / "codes"
+    for kind, content in (("codes", np.zeros((1, 1, 16), int)), ("labels", np.array([1]))):
+        (root / f"imagenet256_{kind}").mkdir(parents=True)
+        for i in range(4):
+            np.save(root / f"imagenet256_{kind}" / f"{i}.npy", content)
+    np.save(root / "imagenet256_labels" / "2.npy", np.array([10**6]))
+    data = LabelledOptions(source=(str(root),), validation_samples=1)
+    config = TrainConfig(data=data, batch_size=3, engine=EngineOptions(micro_batch=3))
+    with pytest.raises(UserError, match=r"class label 1000000 .*in one of .*2\.npy \(number 2\)"):
+        examples = TrainingData(config, backbone, ALONE)
+        _ = [*examples.validation_batches(), *examples.micro_batches(0)]

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 import t2i
 from t2i.checkpoint_folders import read_config, run_checkpoints
 from t2i.data import content
-from t2i.errors import Stopped
+from t2i.errors import Stopped, UserError
 from t2i.processes import ALONE
 from t2i.shapes.shapes_source import write_dataset
 from t2i.training.batches import TrainingData
@@ -70,6 +70,10 @@ def test_resume_refuses_another_run(tiny_world, plain):
     refused(r"method.k: 3 -> 2", method__k=2)
     refused(r"ema: 0.0 -> 0.9", ema=0.9)
     refused("has done 3 steps already", steps=2)
+    with pytest.raises(UserError, match="has done 3 steps already"):
+        check(tiny_run(tiny_world, "plain", resume=True, steps=2))
+    report = check(tiny_run(tiny_world, "plain", resume=True))
+    assert "all 3 steps are done" in report and report.endswith("would end at once")
     refused("already holds a run; give --resume", resume=False)
     assert train(tiny_run(tiny_world, "plain", resume=True)) == plain, "nothing left to do"
 

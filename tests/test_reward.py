@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import open_gates, tiny_janus, tiny_llamagen, tiny_open_magvit2, tiny_prepared
+from PIL import Image
 from reward_functions import brightness
 from runs import assert_same_weights
 
@@ -353,6 +354,21 @@ def test_a_bad_reward_is_named_with_a_prompt(function, words):
     panel = panel_of(function, seconds=0.2 if function == "hangs" else 30.0)
     with pytest.raises(RewardError, match=words):
         panel.judge_all([RIGHT, WRONG], [position("circle", "left of", "square")] * 2)
+
+
+def test_a_reward_that_changes_what_it_is_given():
+    """Sheets showed the thumbnails, the next reward judged them; without prompts: a traceback."""
+
+    def changes(images, metadata):
+        for image, entry in zip(images, metadata, strict=True):
+            image.thumbnail((2, 2))
+            entry.pop("prompt")
+        return [0.5] * len([metadata.pop() for _ in images])
+
+    panel = Panel({"changes": changes}, {"changes": 1.0}, seconds=30.0, constant=3)
+    image, entries = Image.new("RGB", (8, 8)), [{"prompt": "x"}]
+    assert panel.judge_all([image], entries) == {"changes": [0.5]}
+    assert image.size == (8, 8) and entries == [{"prompt": "x"}]
 
 
 def test_rewards_keep_no_gradients():

@@ -16,8 +16,10 @@ from runs import assert_same_weights, before_step, kill, metrics, tiny_run, weig
 
 from t2i import checkpoint_folders
 from t2i.errors import NotFiniteError, UserError
+from t2i.export_folder import export
 from t2i.fields import leaves
 from t2i.files import owning
+from t2i.model_options import ExportOptions
 from t2i.reward.reward_options import RewardConfig
 from t2i.training import settings
 from t2i.training.check import check
@@ -236,6 +238,17 @@ def test_files_that_moved_are_compared_by_content(plain, copied, tiny_world, tmp
         UserError, match="is not the weight file that the checkpoint was trained on"
     ):
         train(config)
+
+
+def test_a_run_from_an_export_goes_on_when_that_moves(plain, tiny_world, tmp_path):
+    """It was refused, with an option that no training program has."""
+    exported = export(ExportOptions(ckpt=plain, out=tmp_path / "exported"))
+    config = tiny_run(tiny_world, "from-export", steps=1, backbone__weights=str(exported))
+    train(config)
+    moved = BackboneOptions(weights=str(exported.rename(tmp_path / "moved")))
+    with pytest.raises(UserError, match="In training these options begin with --backbone"):
+        train(replace(config, resume=True, steps=2))
+    train(replace(config, resume=True, steps=2, backbone=moved))
 
 
 # -- 7: the disk -----------------------------------------------------------------------------------

@@ -29,10 +29,12 @@ from torch import Tensor
 
 from t2i.data.content import (
     Contents,
+    changed_since,
     content_key,
     contents_key,
     describe_changes,
     hash_files,
+    states_of,
     worth_an_index,
 )
 from t2i.data.data_report import (
@@ -44,7 +46,15 @@ from t2i.data.data_report import (
 )
 from t2i.data.images import ImageRules, SkipSample
 from t2i.data.samples import Sample, Source
-from t2i.data.store import FORMAT, MANIFEST, ShardReader, ShardWriter, shard_path, shard_paths
+from t2i.data.store import (
+    FORMAT,
+    MANIFEST,
+    ShardReader,
+    ShardWriter,
+    read_manifest,
+    shard_path,
+    shard_paths,
+)
 from t2i.errors import UserError
 from t2i.fields import leaves
 from t2i.files import read_json, remove_leftovers, wait_for, writable_folder, write_text
@@ -119,9 +129,11 @@ def build_store(
         TimeoutError: another process stopped building.
     """
     cache_dir = Path(cache_dir)
-    contents = hash_files(source.files(), cache_dir, processes)
-    files = {"files": contents_key(contents)} if contents else {}
-    key = {"format": FORMAT, "source": source.identity | files, **encoding.identity}
+    files = source.files()
+    states = states_of(files) if processes.is_main else []
+    contents = hash_files(files, cache_dir, processes)
+    content = {"files": contents_key(contents)} if contents else {}
+    key = {"format": FORMAT, "source": source.identity | content, **encoding.identity}
     folder = cache_dir / content_key(key)
     if expected_key not in (None, folder.name):
         changes = _changes(cache_dir / expected_key, key, contents)
@@ -141,6 +153,13 @@ def build_store(
     count = _encode_missing(source, folder, encoding, processes)
     paths = [shard_path(folder, shard) for shard in range(count)]
     wait_for(paths, processes.patience)
+    if processes.is_main and (changes := changed_since(files, states, contents)):
+        for path in paths:  # or they would be found again under the name of what the data were
+            path.unlink()
+        raise UserError(
+            f"{source.name} changed while it was encoded ({changes}), so nothing of this is kept; "
+            "start again once its files are at rest"
+        )
     readers = list(map(ShardReader, paths))
     if processes.is_main or not any(reader.codes_shape[0] for reader in readers):
         _finish(folder, key, source, readers)  # without a usable sample, all raise
@@ -313,7 +332,7 @@ def _surroundings(source: Source) -> str:
 
 def _refresh(folder: Path, source: Source) -> None:
     """Update the report if files around the samples, which the key does not cover, changed."""
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_manifest(folder)
     if manifest["surroundings"] != _surroundings(source):
         shards = map(ShardReader, shard_paths(folder))
         with suppress(UserError):  # the store of someone else may be read-only

@@ -38,7 +38,7 @@ from torch import Tensor
 from t2i.data.images import SkipSample
 from t2i.data.samples import Sample
 from t2i.errors import UserError
-from t2i.files import read_json, replacing
+from t2i.files import replacing
 
 _OPEN_SHARDS = 512
 """Shards that a store keeps open, with the captions of their samples: a process can map about
@@ -55,6 +55,7 @@ _SKIPPED = b'"reason":'  # as `sample_line` writes it; inside a string its quote
 FORMAT = 3
 """Part of the manifest and of the folder's name: change it whenever the files change."""
 MANIFEST = "manifest.json"
+_MANIFEST_KEYS = ("views", "text_dim", "labelled", "shards", "surroundings", "report")
 Numbers = Sequence[int] | Tensor
 
 
@@ -216,6 +217,20 @@ def _whole(path: Path) -> Iterator[None]:
         ) from error
 
 
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a finished store; UserError if it is damaged, or of another version."""
+    path = folder / MANIFEST
+    with _whole(path):
+        manifest = json.loads(path.read_bytes())
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("key"), dict):
+            raise ValueError("it is not a manifest of a store")
+        if (found := manifest["key"].get("format")) == FORMAT:
+            if missing := [name for name in _MANIFEST_KEYS if name not in manifest]:
+                raise ValueError(f"it has no {missing[0]!r}")
+            return manifest
+    raise UserError(f"{folder} has the format {found}, this version reads only {FORMAT}")
+
+
 def map_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file as views of the mapped file, of which only the parts in use
     are read. They must not be written to.
@@ -248,15 +263,12 @@ class CodeStore:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        path = self.folder / MANIFEST
-        if not path.exists():
+        if not (self.folder / MANIFEST).exists():
             raise UserError(
                 f"{folder} is not a finished store of codes (it has no {MANIFEST}). "
                 "Start the run again: it continues where it stopped"
             )
-        self.manifest = read_json(path)
-        if (found := self.manifest["key"].get("format")) != FORMAT:
-            raise UserError(f"{folder} has the format {found}, this version reads only {FORMAT}")
+        self.manifest = read_manifest(self.folder)
         self.key, self.views = self.folder.name, self.manifest["views"]
         self.with_text = self.manifest["text_dim"] is not None
         shards = self.manifest.pop("shards")  # not kept: too many objects in a large store

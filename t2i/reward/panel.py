@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from multiprocessing import active_children, get_context
 from multiprocessing.pool import Pool
@@ -98,7 +99,10 @@ class Panel:
         def work() -> None:
             try:
                 with torch.no_grad(), gpu:
-                    outcome[0] = self.rewards[name](images, entries)
+                    # Copies, since a function may well change what it is given: image.thumbnail
+                    # does. The next reward and the sheets show the images as they were drawn.
+                    own = [image.copy() for image in images], deepcopy(list(entries))
+                    outcome[0] = self.rewards[name](*own)
             except BaseException as error:
                 outcome[1] = error
 

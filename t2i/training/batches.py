@@ -163,7 +163,10 @@ class TrainingData:
         progress: float = 1.0,
     ) -> Batch:
         device = self.processes.device
-        codes, prepared = self.load(indices, choice)
+        try:
+            codes, prepared = self.load(indices, choice)
+        except UserError as error:
+            raise UserError(f"{error} (in one of {self.names(indices)})") from error
         return Batch(
             codes.to(device),
             {name: value.to(device) for name, value in prepared.items()},

@@ -28,7 +28,7 @@ from t2i.sources import check_named
 from t2i.tensorar.model import TensorAR
 from t2i.training.batches import refuse_changed_files
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
-from t2i.training.engine import deepspeed_config, parameter_groups
+from t2i.training.engine import check_compiler, deepspeed_config, parameter_groups
 from t2i.training.examples import check_backbone, image_size, views_of
 from t2i.training.logs import choose_tracker
 from t2i.training.memory import FLOPS, Cost, estimate, logit_bytes, state_bytes, weight_bytes
@@ -41,7 +41,7 @@ from t2i.training.run_plan import (
     peak_rates,
     plan_run,
 )
-from t2i.training.run_state import check_resumable, claim_run_dir
+from t2i.training.run_state import check_resumable, claim_run_dir, steps_done
 from t2i.training.scale import checkpoint_bytes
 from t2i.training.settings import plain, settings_of
 from t2i.training.start import build_model
@@ -66,6 +66,7 @@ def look_before_work(
         check_resumable(config, world_size, checkpoint)
     check_cache_dir(config.data.cache_dir)
     deepspeed_config(config, world_size)
+    check_compiler(config)
     base = config.backbone
     if checkpoint is None:
         refuse_inside(config.run_dir, config.data)
@@ -79,9 +80,8 @@ def look_before_work(
         return None, None
     source = open_data(config.data)
     known = [n for n in (source.length, config.data.max_samples) if n is not None]
-    if known:
-        plan_run(config, min(known))
-    return source, min(known, default=None)
+    plan_run(config, total := min(known, default=None))  # raises if they are too few
+    return source, total
 
 
 def _refuse_no_text(config: TrainConfig) -> None:
@@ -149,10 +149,14 @@ def check(
             plan = plan_run(config, survey.usable)
             if plan is not None and isinstance(config.data, DataOptions):
                 same = torch.tensor(survey.pictures)
-                split_indices(survey.usable, plan.held_out, config.seed, same)
+                _, held_out = split_indices(survey.usable, plan.held_out, config.seed, same)
+                plan = plan_run(config, survey.usable, len(held_out))
         except UserError as error:  # still report which samples are skipped, and why
             warnings.append(f"training would end at once: {error}")
             otherwise = "end at once"
+    if checkpoint and plan and steps_done(config, checkpoint, plan.steps) == plan.steps:
+        warnings.append(f"all {plan.steps} steps are done; more --steps (or --epochs) go on")
+        otherwise = "end at once"
     size, too_much = size_report(model, config, plan, world_size)
     weights, state = map(readable_size, checkpoint_bytes(model, config))
     sections = {
@@ -185,10 +189,7 @@ def _captioned(
     size = image_size(backbone)
     rules = ImageRules(size, small=options.small_images)
     survey, usable = survey_source(
-        source,
-        rules,
-        caption_notes=backbone.caption_notes,
-        max_samples=options.max_samples,
+        source, rules, caption_notes=backbone.caption_notes, max_samples=options.max_samples
     )
     if not usable:
         raise UserError(f"none of the samples looked at can be used: {survey.describe()}")
@@ -240,19 +241,18 @@ def _labelled(
     opened = open_labelled(options, backbone.spec)
     source = f"source        {', '.join(options.source)}: "
     if isinstance(opened, LlamaGenCodes):
-        backbone.spec.check_codes(opened.codes([0]))
+        opened.look(backbone.spec.check_codes, backbone.spec.num_classes)
         return None, len(opened), [f"{source}{len(opened)} x {opened.views} views"], []
     count = opened.length or 0
     if isinstance(opened, JsonlCodes):
-        backbone.spec.check_codes(opened.codes(0))
+        opened.look(backbone.spec.check_codes)
         return None, count, [f"{source}{count} lines"], []
     size = image_size(backbone)
     survey, usable = survey_source(opened, ImageRules(size, small="upscale"))
     if not usable:
         raise UserError(f"none of the images looked at can be used: {survey.describe()}")
     views = views_of(options).count
-    per_image = views * backbone.spec.num_tokens * len(backbone.spec.subvocabs) * 2
-    gigabytes = count * per_image / 1e9
+    gigabytes = count * views * backbone.spec.num_tokens * len(backbone.spec.subvocabs) * 2 / 1e9
     lines = [
         f"{source}{count} images of {len(opened.classes)} classes",
         f"looked at     {survey.seen} of them: {survey.describe()}",

@@ -21,6 +21,7 @@ from t2i.errors import UserError
 from t2i.files import read_json
 from t2i.processes import Processes, local_gpu
 from t2i.tensorar.model import TensorAR
+from t2i.tensorar.speed import compiler_lacks
 from t2i.training.batches import Batch
 from t2i.training.config import TrainConfig
 
@@ -56,6 +57,13 @@ def _choose_accelerator() -> bool:
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return cuda
+
+
+def check_compiler(config: TrainConfig) -> None:
+    """UserError if blocks are to be compiled, and this machine lacks what that takes."""
+    device = torch.device("cuda" if _choose_accelerator() else "cpu")
+    if config.engine.compile and (lacking := compiler_lacks(device)):
+        raise UserError(f"engine.compile needs {lacking}: install it, or leave the option out")
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
@@ -95,14 +103,32 @@ def _zero_settings(path: Path, stage: int) -> dict:
             f"{path} sets {', '.join(others)}; only zero_optimization may be set there, use this "
             "program's options for the rest"
         )
-    settings = content.get("zero_optimization", {})
+    # "auto", as files for other trainers have it, is DeepSpeed's own default.
+    given = content.get("zero_optimization", {})
+    settings = {name: value for name, value in given.items() if value != "auto"}
     _choose_accelerator()
     _check_zero_options(settings, stage, path)
     if settings.get("stage", stage) != stage:
         raise UserError(
-            f"{path} is for ZeRO stage {settings['stage']}, but engine.zero_stage is {stage}"
+            f"{path} is for ZeRO stage {settings['stage']!r}, but engine.zero_stage is {stage}"
         )
+    _refuse_unread(settings, stage, path)
     return settings
+
+
+def _refuse_unread(settings: dict, stage: int, path: Path) -> None:
+    """UserError for offloading that DeepSpeed would not do, or has no place for."""
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        part = settings.get(name) or {}
+        if part.get("device", "none") == "none":
+            continue
+        if stage < least:
+            raise UserError(
+                f"{path}: {name} has no effect with engine.zero_stage={stage}: it needs "
+                f"--engine.zero-stage {least}{' to 3' if least < 3 else ''}"
+            )
+        if part["device"] == "nvme" and not part.get("nvme_path"):
+            raise UserError(f"{path}: {name} to nvme needs an nvme_path, a folder on that disk")
 
 
 def _check_zero_options(settings: dict, stage: int, path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i.checkpoint import from_pretrained
-from t2i.checkpoint_folders import find_checkpoint, read_config, run_checkpoints
+from t2i.checkpoint_folders import find_checkpoint, run_checkpoints
 from t2i.errors import NotFiniteError, Stopped, UserError
 from t2i.files import saving, write_json
 from t2i.generation import draw_images
@@ -77,18 +77,13 @@ class Run:
         self.step, state = 0, None
         if checkpoint is not None:
             state = run_state.resumed_state(self.model, config, checkpoint, self.data)
-            self.step = read_config(checkpoint)["training"]["step"]
+            self.step = run_state.steps_done(config, checkpoint, self.plan.steps)
         self.engine = start_engine(self.model, config, processes, self.loss_module())
         self.average = Average(self.model, config.ema) if config.ema else None
         if state is not None:
             state.load_optimizer(self.engine)
             if self.average is not None:
                 self.average.weights = state.average()
-        if self.step > self.plan.steps:
-            raise UserError(
-                f"{config.run_dir} has done {self.step} steps already, more than the "
-                f"{self.plan.steps} asked for"
-            )
         self.stop_requested = self.stop_agreed = False
         self.watch = PeerWatch(processes)
         facts = (self.plan.steps, self.data.key, self.average, own_facts)

@@ -111,6 +111,7 @@ def estimate(
     if config.engine.precision != "fp32":
         model.bfloat16()
     model.train()
+    model.backbone.compile_blocks = False  # compilers do not take tensors without data
     recompute = config.engine.gradient_checkpointing
     layers = len(model.backbone.new_cache(1, 1).keys)
     kept, forward = _kept(model, config, recompute=False), _operations(model, config)

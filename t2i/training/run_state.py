@@ -191,7 +191,19 @@ def check_resumable(config: TrainConfig, world_size: int, folder: Path) -> None:
     """UserError if a setting differs from the checkpoint's but must not; warns if it may."""
     stored = read_config(folder, with_state=True)["training"]
     check_settings(config, stored["config"], folder)
+    if config.steps is not None:
+        steps_done(config, folder, config.steps)
     warn_of_rounding(config, world_size, stored, folder)
+
+
+def steps_done(config: TrainConfig, folder: Path, steps: int) -> int:
+    """The steps that a run has done; UserError if these are more than it is to have in all."""
+    done = read_config(folder)["training"]["step"]
+    if done > steps:
+        raise UserError(
+            f"{config.run_dir} has done {done} steps already, more than the {steps} asked for"
+        )
+    return done
 
 
 @contextmanager

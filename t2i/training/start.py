@@ -11,6 +11,7 @@ from torch import nn
 from t2i.checkpoint import load_stored_backbone, stored_part, stored_source, trained_parts
 from t2i.checkpoint_folders import (
     CODEC,
+    EXPORTED,
     choose_checkpoint,
     find_checkpoint,
     is_checkpoint,
@@ -53,7 +54,7 @@ def build_model(
     earlier = resumed or options.weights
     if is_checkpoint(earlier):
         # The base may have moved since the run began; its hash proves that it is the same.
-        base = options.weights if resumed and _is_local_base(options.weights) else None
+        base = _local_base(options.weights) if resumed else None
         backbone = start_from(
             earlier, options, resumed=resumed is not None, base=base, device=device, dtype=dtype
         )
@@ -170,9 +171,16 @@ def check_start(config: TrainConfig, folder: Path) -> None:
         )
 
 
-def _is_local_base(weights: str) -> bool:
-    """Whether these are local base weights: not a shipped base, a name on the hub, or a run."""
-    return weights not in shipped_bases() and Path(weights).exists() and not is_checkpoint(weights)
+def _local_base(weights: str) -> Path | None:
+    """The local base that these weights are, or that an export holds; None for a shipped base, a
+    name on the hub, or a run.
+    """
+    if weights in shipped_bases() or not Path(weights).exists():
+        return None
+    if not is_checkpoint(weights):
+        return Path(weights)
+    found = find_checkpoint(weights)
+    return found.parent if found.name == EXPORTED else None
 
 
 def _take_codec(model: TensorAR, folder: str | Path) -> None:

@@ -78,9 +78,10 @@ def _open_files(found: _Found, wanted: CaptionedImages) -> Source:
             continue
         others = [path for path in found.files if not _is_table(path, suffix) and _is_data(path)]
         if others:
+            where = root if root.is_dir() else root.parent
             raise UserError(
-                f"{root} holds {suffix} files and also {others[0].name}, so it is not clear "
-                f"which to use. Give the files by name, such as '{root}/*{suffix}', or a folder of one kind"
+                f"{where} holds {suffix} files and also {others[0].name}, so it is not clear which "
+                f"to use. Give the files by name, such as '{where}/*{suffix}', or a folder of one kind"
             )
         empty = [path for path in chosen if path.stat().st_size == 0]
         if len(empty) < len(chosen):  # if all are, the reader reports it

@@ -11,6 +11,7 @@ Shape legend: N = images, A = views of an image, B = batch, T = positions, S = 1
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -108,6 +109,22 @@ class LlamaGenCodes:
     def same_images(self) -> None:
         """None: every image counts as different."""
 
+    def look(self, check_codes: Callable[[Tensor], None], num_classes: int) -> None:
+        """UserError naming one of some images, the first and the last among them, whose class is
+        not below `num_classes`, or whose codes are refused.
+        """
+        for index in _some(len(self)):
+            label = self.condition(index)
+            if not 0 <= label < num_classes:
+                raise UserError(
+                    f"{self._folders[0][1] / self.name(index)} holds class {label}; expected one "
+                    f"below {num_classes}"
+                )
+            try:
+                check_codes(self.codes([index] * self.views, range(self.views)))
+            except UserError as error:
+                raise UserError(f"{self._folders[0][0] / self.name(index)}: {error}") from error
+
     def _read(self, folder: Path, number: int) -> np.ndarray:
         """Codes [A, T] of an image; UserError if their shape is not that of the first image."""
         codes, expected = _codes(folder, number), self._shapes[folder]
@@ -169,6 +186,11 @@ def _label(folder: Path, number: int) -> int:
     return int(array.item())
 
 
+def _some(count: int) -> list[int]:
+    """A few numbers below `count`, spread evenly, the first and the last among them."""
+    return [*range(0, count - 1, -(-count // _SAMPLED)), count - 1]
+
+
 def _bytes(path: Path) -> bytes:
     with reading(path):
         return path.read_bytes()
@@ -227,14 +249,21 @@ class JsonlCodes(Source):
         """int64 [1, T, 1] of a line."""
         return _as_codes(self._parse(index)[1])
 
+    def look(self, check_codes: Callable[[Tensor], None]) -> None:
+        """UserError for some lines, the first and the last among them, that are damaged or whose
+        codes are refused.
+        """
+        for index in _some(len(self._ends) - 1):
+            check_codes(self.codes(index))
+
     def _parse(self, index: int) -> tuple[int, list[int]]:
         """The label and the tokens of a line."""
         where = f"{self._path} line {index + 1}"
         try:
             content = json.loads(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
             label, tokens = content["class_id"], content["tokens"]
-            fits = all(isinstance(t, int) and 0 <= t < self._vocab for t in tokens)
-            fits = fits and isinstance(label, int) and 0 <= label < self._num_classes
+            fits = all(type(t) is int and 0 <= t < self._vocab for t in tokens)  # no bool either
+            fits = fits and type(label) is int and 0 <= label < self._num_classes
         except (ValueError, KeyError, TypeError) as error:  # not JSON, not an object, other fields
             refuse_pointers(self._path)
             raise UserError(f"{where} is not a line of codes: {error!r}") from error

@@ -70,10 +70,11 @@ def _refuse_different(root: Path, columns: dict[Path, set[str]]) -> None:
     """
     for (before, expected), (path, found) in pairwise(columns.items()):
         if other := found ^ expected:
+            where = root if root.is_dir() else root.parent
             raise UserError(
-                f"{root}: {path.name} and {before.name} do not have the same columns "
+                f"{where}: {path.name} and {before.name} do not have the same columns "
                 f"({shorten(sorted(other), most=5)} in one only); give files of one kind by name, such "
-                f"as '{root}/a*.parquet', or write them with the same columns"
+                f"as '{where}/a*.parquet', or write them with the same columns"
             )
 
 

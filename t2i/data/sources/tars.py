@@ -125,10 +125,10 @@ class TarSource(Source):
         return sample
 
     def _captions(self, entry: _Entry) -> Any:
-        extension, _, name = self._caption.partition(".")
-        if extension not in entry.parts:
-            return None
-        return _read_json(entry.parts[extension]).get(name) if name else entry.parts[extension]
+        if self._caption in entry.parts:
+            return entry.parts[self._caption]
+        member, _, name = self._caption.partition(".")
+        return _read_json(entry.parts[member]).get(name) if name and member in entry.parts else None
 
 
 @dataclass
