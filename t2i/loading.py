@@ -18,6 +18,7 @@ from t2i.sources import (
     BackboneSource,
     base_files,
     check_named,
+    check_place,
     expand_folder,
     prove,
     resolve,
@@ -45,6 +46,8 @@ def pick_device(
     if name.startswith("cuda"):
         _check_gpu(name)
     if isinstance(dtype, torch.dtype):
+        if not dtype.is_floating_point:
+            raise UserError(f"dtype {dtype} holds no weights: give one of floating-point numbers")
         return torch.device(name), dtype
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} must be auto, {' or '.join(DTYPES)}")
@@ -102,6 +105,7 @@ def load_backbone(
     Raises:
         UserError: what is wrong with the name, file or keys, and what is allowed.
     """
+    check_place(source, "source")
     device, dtype = pick_device(device, dtype)
     wanted = find_family(family).backbone_class.config_type
     grid = config if isinstance(config, tuple) else None

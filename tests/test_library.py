@@ -1,6 +1,7 @@
 """Case 24: what a notebook user types, and is told."""
 
 import inspect
+import json
 
 import numpy as np
 import pytest
@@ -63,8 +64,12 @@ def test_a_typing_mistake_speaks_of_the_function_that_was_called(model):
     ("arguments", "options", "message"),
     [
         (("runs/mine", [1]), {}, "generate needs a model, and got 'runs/mine'"),
-        ((None, 3), {}, "prompts must be a list: generate"),
-        ((None, "a dog"), {}, "prompts must be a list: generate"),
+        ((None, 3), {}, "prompts must be a list, and is 3: generate"),
+        ((None, "a dog"), {}, "prompts must be a list, and is 'a dog': generate"),
+        ((None, {1, 2}), {}, r"prompts must be a list, and is \{1, 2\}: generate\(model, \[207\]"),
+        ((None, {"a dog": 1}), {}, "prompts must be a list"),
+        ((None, None), {}, "prompts must be a list, and is None"),
+        ((None, [1]), {"batch_size": None}, "batch_size=None must be a whole number"),
         ((None, [1]), {"sampling": {"top_k": 3}}, "sampling is .*give a t2i.SamplingConfig"),
         ((None, [1]), {"seed": "3"}, "seed='3' must be a whole number"),
         ((None, [1]), {"samples_per_prompt": 0}, "must be at least 1"),
@@ -76,6 +81,57 @@ def test_generate_says_what_it_needs(model, arguments, options, message):
     given, prompts = arguments
     with pytest.raises(t2i.UserError, match=message):
         t2i.generate(given or model, prompts, progress=False, **options)
+
+
+class Column:
+    """Like a column of pandas that was sorted: its labels are not its places."""
+
+    def __init__(self, values, labels):
+        self._by_label = dict(zip(labels, values, strict=True))
+
+    def __len__(self):
+        return len(self._by_label)
+
+    def __iter__(self):
+        return iter(self._by_label.values())
+
+    def __getitem__(self, label):
+        return self._by_label[label]
+
+
+def test_prompts_of_any_ordered_kind_draw_the_images_of_a_list(model):
+    def draw(prompts, **options):
+        return [np.asarray(i) for i in t2i.generate(model, prompts, progress=False, **options)]
+
+    wanted = draw([3, 1])
+    for given in (np.array([3, 1]), (n for n in [3, 1]), Column([3, 1], labels=[1, 0])):
+        assert np.array_equal(draw(given), wanted)
+    assert np.array_equal(draw([3, 1], seed=np.int64(0), batch_size=np.int32(16)), wanted)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"top_k": 1.5},
+        {"top_k": True},
+        {"cfg_scale": "7"},
+        {"cfg_scale": (1.0, None)},
+        {"temperature": None},
+        {"cfg_interval": 1.5},
+        {"window": 2.5},
+    ],
+)
+def test_a_sampling_setting_of_another_type_is_refused_by_name(setting):
+    (name,) = setting
+    with pytest.raises(t2i.UserError, match=f"^{name}=.* must be a (whole|finite) number"):
+        t2i.SamplingConfig(**setting)
+
+
+def test_numbers_of_numpy_become_settings_that_a_file_can_hold():
+    config = t2i.SamplingConfig(
+        cfg_scale=np.float32(2), top_k=[np.int64(3), 4], top_p=np.float64(1)
+    )
+    assert json.loads(json.dumps(vars(config)))["top_k"] == [3, 4]
 
 
 def test_generate_with_a_backbone_or_without_captions():
@@ -97,6 +153,10 @@ def test_generate_with_a_backbone_or_without_captions():
         (lambda: t2i.load_backbone("rar", "shapes", config={"dim": 3}), "config .*RARConfig"),
         (lambda: t2i.load_backbone("rar", "shapes", config=(16,)), r"or a grid .*is \(16,\)"),
         (lambda: t2i.from_pretrained("shapes"), "does not exist"),
+        (lambda: t2i.from_pretrained(None), "folder is None: give a path or a name"),
+        (lambda: t2i.load_model(None), "source is None: give a path or a name"),
+        (lambda: t2i.load_backbone("rar", 3), "source is 3: give a path or a name"),
+        (lambda: t2i.load_model("shapes", dtype=torch.int8), "dtype torch.int8 holds no weights"),
     ],
 )
 def test_loaders_say_what_they_need(call, message):
@@ -188,6 +248,7 @@ def test_grid():
     images = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
     sheet = t2i.grid(images, cell=128)
     assert sheet.size == (2 * 134 + 6, 2 * 134 + 6) and sheet.getpixel((10, 10)) == (255, 0, 0)
+    assert np.array_equal(t2i.grid(iter(images), cell=128), sheet)
     assert t2i.grid(images, columns=3, labels=["a", "", "c"]).size == (3 * 134 + 6, 134 + 16 + 6)
     for arguments, options, message in (
         ((images[0],), {}, "needs a list of PIL images"),
@@ -232,9 +293,16 @@ def test_geneval_score_takes_what_has_a_meaning(tmp_path):
         (np.zeros((4, 8, 8), np.uint8), [entry], r"images\[0\] cannot be read"),
         ([Image.new("I;16", (8, 8))], [entry], r"images\[0\] cannot be read.*8-bit RGB"),
         ([image] * 3, [entry] * 2, "3 images for 2 prompts"),
+        (None, [entry], "images is None: give a list"),
+        ([image], None, "metadata is None: give a list"),
     ):
         with pytest.raises(t2i.UserError, match=message):
             geneval.score(images, metadata, detector)
+    for other in ("shapes", ShapesDetector):
+        with pytest.raises(t2i.UserError, match=r"detector is .*geneval.detectors.load_detector"):
+            geneval.score([image], [entry], other)
+    with pytest.raises(t2i.UserError, match=r"options is .*give geneval.RuleOptions"):
+        geneval.score([image], [entry], detector, options={"threshold": 0.3})
 
 
 def test_dpg_score_says_what_it_needs():
