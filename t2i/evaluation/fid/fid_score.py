@@ -135,16 +135,18 @@ def has_statistics(path: str | Path) -> bool:
 
 
 def _stored_statistics(path: Path, device: torch.device) -> tuple[Statistics, Statistics | None]:
-    pool = read_statistics(path, "mu", "sigma", device)
-    if len(pool.mean) != POOL_WIDTH:
-        raise UserError(
-            f"{path}: mu has {len(pool.mean)} features, this network has {POOL_WIDTH}; the "
-            "statistics are of another network"
-        )
-    spatial = (
-        read_statistics(path, "mu_s", "sigma_s", device) if "mu_s" in npz_arrays(path) else None
-    )
-    return pool, spatial
+    def stored(mean: str, covariance: str, width: int) -> Statistics:
+        found = read_statistics(path, mean, covariance, device)
+        if len(found.mean) != width:
+            raise UserError(
+                f"{path}: {mean} has {len(found.mean)} features, this network has {width}; the "
+                "statistics are of another network"
+            )
+        return found
+
+    pool = stored("mu", "sigma", POOL_WIDTH)
+    spatial = "mu_s" in npz_arrays(path)
+    return pool, stored("mu_s", "sigma_s", SPATIAL_WIDTH) if spatial else None
 
 
 def read_statistics(
