@@ -76,11 +76,6 @@ def score(
     asked: list[Any] = _listed(metadata, "metadata", single=isinstance(metadata, str | Mapping))
     single = isinstance(images, Image.Image | str | Path) or getattr(images, "ndim", 4) < 4
     given: list[Any] = _listed(images, "images", single=single)
-    if isinstance(detector, str | type) or not (detector is None or hasattr(detector, "detect")):
-        raise UserError(
-            f"detector is {detector!r:.80}: give one of "
-            'geneval.detectors.load_detector("shapes" or "mask2former"), or leave it out'
-        )
     if not isinstance(options, RuleOptions | None):
         raise UserError(f"options is {options!r:.80}: give geneval.RuleOptions(threshold=0.3, ...)")
     if not asked or not given or len(given) % len(asked):

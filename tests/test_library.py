@@ -13,10 +13,17 @@ from PIL import Image
 import geneval
 import t2i
 from dpg_bench.answerers import answer_prompt, load_answerer
+from dpg_bench.dpg_benchmark import load_questions
 from dpg_bench.questions import QuestionGraph
 from dpg_bench.score import score as dpg_score
+from geneval.geneval_benchmark import GenEval, load_prompts
 from geneval.prompts import official_prompts
 from t2i import generation, loading
+from t2i.evaluation.evaluation_options import Scope
+from t2i.evaluation.fid.fid_score import check_inputs
+from t2i.evaluation.generation_folder import sample_file, write_prompt
+from t2i.evaluation.runner import evaluate
+from t2i.imaging import save_png
 from t2i.loading import pick_device
 from t2i.lora import add_lora, load_adapter, save_adapter
 from t2i.shapes.shapes_detector import ShapesDetector
@@ -313,3 +320,42 @@ def test_dpg_score_says_what_it_needs():
         dpg_score([image], ["a dog"])
     with pytest.raises(t2i.UserError, match="score judges answers, by item"):
         dpg_score(QuestionGraph((), ""), [image])
+    graph = load_questions("shapes")
+    (item, questions), *_ = graph.items.items()
+    seen = answer_prompt(judge, iter([image]), questions)
+    assert seen == answer_prompt(judge, [image], questions) and len(seen) == 1
+    with pytest.raises(t2i.UserError, match="answer_prompt needs a list of PIL images"):
+        answer_prompt(judge, iter([]), questions)
+    with pytest.raises(t2i.UserError, match="mode I;16 cannot be judged"):
+        answer_prompt(judge, [Image.new("I;16", (64, 64))], questions)
+    for answers, message in (
+        ([dict.fromkeys(seen[0], True)], f"answer to line .*{item}.* is True: answers are texts"),
+        (seen[0], r"give a list with the answers of one image after another"),
+        (["yes"], r"give a list with the answers of one image after another"),
+    ):
+        with pytest.raises(t2i.UserError, match=message):
+            dpg_score(graph, {item: answers})
+
+
+def test_evaluate_takes_paths_as_texts_and_says_what_it_needs(model, tmp_path):
+    benchmark = GenEval(load_prompts("shapes"), ShapesDetector(), prompts="shapes")
+    entry, few = benchmark.entries[0], Scope(samples=1, limit=1)
+    write_prompt(tmp_path / "images", 0, entry)
+    save_png(Image.new("RGB", (64, 64)), tmp_path / "images" / sample_file(0, 0))
+    found = evaluate(benchmark, f"{tmp_path}/out", images=f"{tmp_path}/images", scope=few)
+    assert found["coverage"]["judged"] == 1
+    out = tmp_path / "other"
+    for options, message in (
+        ({}, "either model=... or images=FOLDER"),
+        ({"model": model, "images": out}, "either model=... or images=FOLDER"),
+        ({"model": "shapes"}, "model is 'shapes': evaluate takes a TensorAR"),
+        ({"model": model, "scope": {"samples": 1}}, "scope is .*: evaluate takes a Scope"),
+        ({"model": model, "draw": {"seed": 1}}, "draw is .*: evaluate takes a DrawOptions"),
+        ({"images": 3}, "images is 3: give a path"),
+    ):
+        with pytest.raises(t2i.UserError, match=message):
+            evaluate(benchmark, out, **options)
+    with pytest.raises(t2i.UserError, match="detector is 'shapes': give one of"):
+        GenEval(benchmark.entries, "shapes")
+    with pytest.raises(t2i.UserError, match="samples is array"):
+        check_inputs(np.zeros((4, 8, 8, 3), np.uint8), out, allow_fewer=True)

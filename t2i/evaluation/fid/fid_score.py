@@ -53,7 +53,7 @@ from t2i.files import file_sha256, read_json
 from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
 from t2i.sampling import check_counts
-from t2i.sources import absolute
+from t2i.sources import absolute, check_place
 
 log = logging.getLogger(__name__)
 
@@ -235,6 +235,8 @@ def check_inputs(samples: str | Path, reference: str | Path, *, allow_fewer: boo
     Raises:
         UserError: there are too few, or one of the sets or the reference's statistics is unusable.
     """
+    check_place(samples, "samples")
+    check_place(reference, "reference")
     images = open_images(samples)
     if images.count < PROTOCOL_IMAGES and not allow_fewer:
         raise UserError(
