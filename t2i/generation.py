@@ -192,6 +192,10 @@ def check_request(
             f"generate needs a model, and got {model!r:.80}: "
             "load one with t2i.from_pretrained(folder)"
         )
+    if model.training:
+        raise UserError("the model is in training mode, with dropout: call model.eval() first")
+    if not isinstance(model.sampling, SamplingConfig):
+        raise UserError(f"model.sampling is {model.sampling!r:.80}: set a t2i.SamplingConfig")
     # A set and a dict have no order or numbers that images could be keyed by.
     unordered = isinstance(prompts, str | bytes | Set | Mapping)
     if unordered or not isinstance(prompts, Iterable):

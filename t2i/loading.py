@@ -13,7 +13,7 @@ from t2i.fields import from_json
 from t2i.models.base import Backbone, LoadOptions
 from t2i.models.blocks import LlamaConfig
 from t2i.models.families import find_family
-from t2i.sampling import SamplingConfig
+from t2i.sampling import SamplingConfig, check_whole
 from t2i.sources import (
     BackboneSource,
     base_files,
@@ -253,7 +253,8 @@ def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> Tens
         )
     if not isinstance(config, TensorARConfig):
         raise UserError(f"config is {config!r:.80}: give one of t2i.presets, as iclr2026()")
-    return TensorAR(backbone, config, seed=seed).eval()
+    check_whole(seed=seed)
+    return TensorAR(backbone, config, seed=int(seed)).eval()
 
 
 def tokenizer_hash(backbone: Backbone) -> str:

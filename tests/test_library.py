@@ -27,6 +27,7 @@ from t2i.imaging import save_png
 from t2i.loading import pick_device
 from t2i.lora import add_lora, load_adapter, save_adapter
 from t2i.shapes.shapes_detector import ShapesDetector
+from t2i.tensorar import sampler
 from t2i.tuning import LoRAConfig
 
 
@@ -141,6 +142,32 @@ def test_numbers_of_numpy_become_settings_that_a_file_can_hold():
     assert json.loads(json.dumps(vars(config)))["top_k"] == [3, 4]
 
 
+def test_generate_with_a_model_that_was_changed_by_hand():
+    model = t2i.attach(tiny_llamagen("class"), t2i.presets.base())
+    model.sampling = {"top_k": 3}
+    with pytest.raises(t2i.UserError, match=r"model.sampling is .*: set a t2i.SamplingConfig"):
+        t2i.generate(model, [1], progress=False)
+    with pytest.raises(t2i.UserError, match=r"training mode.*call model.eval\(\) first"):
+        t2i.generate(model.train(), [1], progress=False)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_llamagen("class"), tiny_open_magvit2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_no_image_depends_on_torchs_default_type(make, dtype):
+    """Other models' code sets it, such as DeepSeek's."""
+    model = t2i.attach(make(), t2i.presets.iclr2026(k=2))
+    sampling = t2i.SamplingConfig(cfg_scale=2.3)
+    table = sampler.guidance_table(model, sampling)
+    (wanted,) = t2i.generate(model, [3], sampling=sampling, progress=False)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(sampler.guidance_table(model, sampling), table)
+        (found,) = t2i.generate(model, [3], sampling=sampling, progress=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert np.array_equal(found, wanted)
+
+
 def test_generate_with_a_backbone_or_without_captions():
     with pytest.raises(t2i.UserError, match=r"t2i.attach\(backbone, t2i.presets.base\(\)\)"):
         t2i.generate(tiny_rar(), [1])
@@ -155,6 +182,11 @@ def test_generate_with_a_backbone_or_without_captions():
         (lambda: t2i.attach("shapes", t2i.presets.base()), "attach needs a backbone"),
         (lambda: t2i.attach(tiny_rar(), "iclr2026"), "config is 'iclr2026'.*t2i.presets"),
         (lambda: t2i.attach(tiny_rar(), t2i.presets.iclr2026), "config is .*t2i.presets"),
+        (lambda: t2i.attach(tiny_rar(), t2i.presets.base(), seed="x"), "seed='x' must be a whole"),
+        (lambda: t2i.presets.iclr2026(k="4"), "k is '4', which is not of the type int"),
+        (lambda: t2i.presets.tuned(mlp="no"), "mlp is 'no', which is not of the type bool"),
+        (lambda: t2i.presets.tuned(slot_weights=3), "slot_weights is 3, which is not of the type"),
+        (lambda: t2i.presets.tuned(own_drafts="all"), "own_drafts is 'all', which is not of"),
         (lambda: t2i.load_backbone("shapes", "shapes"), "unknown backbone family 'shapes'"),
         (lambda: t2i.load_backbone("rar", "shapes"), "holds a llamagen backbone, not rar"),
         (lambda: t2i.load_backbone("rar", "shapes", config={"dim": 3}), "config .*RARConfig"),
