@@ -186,6 +186,16 @@ def test_the_batch_size_does_not_matter(tmp_path, network):
     assert first["samples"] == second["samples"]
 
 
+def test_torchs_default_type_does_not_matter(tmp_path, network):
+    samples = write_npz(tmp_path / "a.npz", pictures(8))
+    wanted = score(samples, samples, network)["inception_score"]
+    torch.set_default_dtype(torch.bfloat16)  # as other models' code does
+    try:
+        assert score(samples, samples, network)["inception_score"] == wanted
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_stored_statistics_win_over_the_images(tmp_path, network):
     samples = write_npz(tmp_path / "a.npz", pictures(12))
     plain = score(samples, write_npz(tmp_path / "plain.npz", pictures(9, seed=1)), network)

@@ -112,8 +112,9 @@ def _extract_all(
 ) -> tuple[InceptionFeatures, str]:
     """Features of all images, and the SHA-256 of their sizes and pixels in order."""
     device = network.fc.weight.device
-    pool = torch.empty(images.count, POOL_WIDTH, device=device)
-    spatial = torch.empty(images.count, SPATIAL_WIDTH, device=device)
+    kind = {"device": device, "dtype": torch.float32}
+    pool = torch.empty(images.count, POOL_WIDTH, **kind)
+    spatial = torch.empty(images.count, SPATIAL_WIDTH, **kind)
     digest = hashlib.sha256()
     done = 0
     with progress_bar(total=images.count, desc=description, unit=" images") as bar:
