@@ -192,6 +192,13 @@ def test_files_without_a_state_dict(tmp_path, content):
         read_state_dict(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("nest", [lambda weights: weights, lambda weights: {"model": weights}])
+def test_what_is_no_weight_among_the_weights_is_named(tmp_path, weights, nest):
+    torch.save(nest({**weights, "epoch": 3, "version": "1.0"}), tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"what is none: 'epoch', 'version'; save the weights"):
+        read_state_dict(tmp_path / "x.pt")
+
+
 def test_safetensors_of_another_name(tmp_path, weights):
     """As the hub's cache has them, by their hash."""
     save_file(weights, tmp_path / "c2i")
