@@ -17,6 +17,7 @@ from PIL import Image
 
 from dpg_bench.questions import Question
 from t2i.errors import UserError
+from t2i.imaging import upright_rgb
 from t2i.published import fetch_folder
 from t2i.worlds import open_world
 
@@ -56,10 +57,12 @@ def answer_prompt(
 
     What `dpg_bench.score.score` takes as the answers of one item.
     """
-    if isinstance(images, Image.Image) or not all(isinstance(i, Image.Image) for i in images):
+    given = [] if isinstance(images, Image.Image) else list(images)
+    if not given or not all(isinstance(image, Image.Image) for image in given):
         raise UserError(f"answer_prompt needs a list of PIL images, and got {images!r:.80}")
     ids = [str(question.proposition) for question in questions]
-    return [dict(zip(ids, answerer.answer(image, questions), strict=True)) for image in images]
+    seen = [upright_rgb(image) for image in given]
+    return [dict(zip(ids, answerer.answer(image, questions), strict=True)) for image in seen]
 
 
 def load_answerer(

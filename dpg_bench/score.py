@@ -149,13 +149,7 @@ def score(
     if not judged:
         raise UserError("no answers to score: judge at least one image first")
     for item, images in judged.items():
-        if len(images) > images_per_prompt:
-            raise UserError(
-                f"item {item} has answers for {len(images)} images, more than {images_per_prompt}"
-            )
-        for index, image in enumerate(images):
-            if lost := [q for q in graph.items[item] if str(q.proposition) not in image]:
-                raise UserError(f"no answer to {lost[0].place} for image {index}; judge it again")
+        _check_answers(graph.items[item], images, images_per_prompt)
     missing = [
         item if item not in judged else f"{item}: {len(judged[item])} of {images_per_prompt} images"
         for item in graph.items
@@ -166,6 +160,32 @@ def score(
         corrected=_summarize(graph.items, judged, seed, last_image_only=False),
         missing=missing,
     )
+
+
+def _check_answers(
+    questions: Sequence[Question], images: Sequence[Answers], images_per_prompt: int
+) -> None:
+    """UserError unless these are answers to all questions of an item, image by image."""
+    item = questions[0].item
+    if isinstance(images, str | Mapping) or not all(isinstance(i, Mapping) for i in images):
+        raise UserError(
+            f"the answers of item {item} are {images!r:.80}: give a list with the answers of one "
+            'image after another, such as [{"1": "yes", "2": "no"}]'
+        )
+    if len(images) > images_per_prompt:
+        raise UserError(
+            f"item {item} has answers for {len(images)} images, more than {images_per_prompt}"
+        )
+    for index, image in enumerate(images):
+        for question in questions:
+            given = image.get(str(question.proposition))
+            if given is None:
+                raise UserError(f"no answer to {question.place} for image {index}; judge it again")
+            if not isinstance(given, str):  # True would count as a no
+                raise UserError(
+                    f"the answer to {question.place} for image {index} is {given!r:.80}: answers "
+                    f'are texts, and only "{YES}" counts'
+                )
 
 
 def official_items(graph: QuestionGraph) -> dict[str, list[Question]]:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -73,9 +73,11 @@ def score(
     Raises UserError when an argument is of another kind, when the numbers do not fit, or when the
     detector cannot name a class or colour that the metadata asks for.
     """
-    asked: list[Any] = [metadata] if isinstance(metadata, str | Mapping) else list(metadata)
+    asked: list[Any] = _listed(metadata, "metadata", single=isinstance(metadata, str | Mapping))
     single = isinstance(images, Image.Image | str | Path) or getattr(images, "ndim", 4) < 4
-    given: list[Any] = [images] if single else list(images)
+    given: list[Any] = _listed(images, "images", single=single)
+    if not isinstance(options, RuleOptions | None):
+        raise UserError(f"options is {options!r:.80}: give geneval.RuleOptions(threshold=0.3, ...)")
     if not asked or not given or len(given) % len(asked):
         raise UserError(
             f"{len(given)} images for {len(asked)} prompts: "
@@ -94,6 +96,13 @@ def score(
         for index, (entry, verdict) in enumerate(zip(entries, verdicts, strict=True))
     ]
     return Judgement(verdicts, summarize(rows, seed=seed))
+
+
+def _listed(given: Any, name: str, *, single: bool) -> list[Any]:
+    """What was given as a list; UserError if it is neither one of its kind nor several."""
+    if not single and not isinstance(given, Iterable):
+        raise UserError(f"{name} is {given!r:.80}: give a list, or a single one")
+    return [given] if single else list(given)
 
 
 def _entry(given: Mapping | str, place: int) -> Mapping:

@@ -163,7 +163,7 @@ def _enlarge(
 
 def mask_boxes(masks_nHW: Tensor) -> Tensor:
     """(x0, y0, x1, y1) float32 [n, 4]; x1 and y1 one past the mask; zeros for an empty mask."""
-    boxes_n4 = torch.zeros(len(masks_nHW), 4, device=masks_nHW.device)
+    boxes_n4 = torch.zeros(len(masks_nHW), 4, dtype=torch.float32, device=masks_nHW.device)
     for box, mask in zip(boxes_n4, masks_nHW, strict=True):
         columns, rows = mask.any(0).nonzero(), mask.any(1).nonzero()
         if len(columns):

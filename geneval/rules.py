@@ -140,7 +140,12 @@ def _can_be_judged(item: object, place: int) -> bool:
 
 
 def check_vocabulary(metadata: Mapping, detector: Detector) -> None:
-    """UserError for a class or colour that the detector cannot name."""
+    """UserError for a class or colour that the detector cannot name, or what is no detector."""
+    if isinstance(detector, str | type) or not hasattr(detector, "detect"):
+        raise UserError(
+            f"detector is {detector!r:.80}: give one of "
+            'geneval.detectors.load_detector("shapes" or "mask2former")'
+        )
     for item in [*metadata.get("include", []), *metadata.get("exclude", [])]:
         if item["class"] not in detector.classes:
             raise UserError(

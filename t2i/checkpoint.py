@@ -36,6 +36,7 @@ from t2i.sources import (
     BackboneSource,
     base_files,
     beside,
+    check_place,
     family_of,
     moved,
     refuse_gone,
@@ -170,6 +171,7 @@ def from_pretrained(
         UserError: no complete checkpoint, files of the base are missing or have changed (each is
             named), or no such device.
     """
+    check_place(folder, "folder")
     device, dtype = pick_device(device, dtype)
     folder = choose_checkpoint(folder)
     config = read_config(folder, contents=True)
@@ -257,6 +259,7 @@ def load_model(
     Raises:
         UserError: the source is none of these, a part is missing, or `base` is given for a base.
     """
+    check_place(source, "source")
     if is_checkpoint(source):
         return from_pretrained(
             source,

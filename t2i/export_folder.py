@@ -58,9 +58,9 @@ def export(options: ExportOptions) -> Path:
         raise UserError(f"{out} exists; export to a new folder")
     refuse_in_checkpoint(out, "--out")
     where, precision = pick_device(options.device, "auto")
-    scores = [line for path in options.results for line in _score_rows(path)]
     checkpoint = choose_checkpoint(options.ckpt)
     config = read_config(checkpoint)
+    scores = [line for path in options.results for line in _score_rows(path, config)]
     writable_folder(out.parent)
     model = from_pretrained(
         checkpoint,
@@ -199,11 +199,18 @@ def _size(path: Path) -> int:
     return sum(p.stat().st_size for p in files)
 
 
-def _score_rows(path: Path) -> list[str]:
-    """Table rows for a results file, whose `scores` maps names to numbers or {"mean", "stderr"}."""
+def _score_rows(path: Path, config: dict) -> list[str]:
+    """Table rows for a results file, whose `scores` maps names to numbers or {"mean", "stderr"}.
+
+    config: the config.json of the checkpoint that the card describes.
+    """
     results = read_object(path)
     if not isinstance(results.get("scores"), dict):
         raise UserError(f"{path} is not a results file with scores")
+    _refuse_other_model(results, path, config)
+    where = results.get("benchmark", path.stem)
+    if judged := results.get("label"):  # which prompts, and who judged: not always the official
+        where = f"{where}, {judged}"
     rows = []
     for name, score in results["scores"].items():
         values = score if isinstance(score, dict) else {"mean": score}
@@ -211,11 +218,25 @@ def _score_rows(path: Path) -> list[str]:
         numbers = [number for number in (mean, stderr) if number is not None]
         if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
             raise UserError(f'{path}: the score {name!r} has no number under "mean" or "stderr"')
-        where = results.get("benchmark", path.stem)
         shown = "-" if mean is None else f"{mean:.3f}"  # None: nothing was scored
         spread = "" if mean is None or stderr is None else f" ± {stderr:.3f}"
         rows.append(f"| {where} | {name} | {shown}{spread} | {results.get('status', '')} |")
     return rows
+
+
+def _refuse_other_model(results: dict, path: Path, config: dict) -> None:
+    """UserError if the results say that they are of another model than this checkpoint."""
+    drawn = results.get("generation")
+    about = drawn.get("about") if isinstance(drawn, dict) else None
+    if not isinstance(about, dict) or not about:
+        return  # images of another program: only the user knows what drew them
+    own = {"step": config["training"].get("step"), "method": config["method"]}
+    if {name: about.get(name) for name in own} != own:
+        who = about.get("checkpoint") or "a base by itself"
+        raise UserError(
+            f"{path} holds scores of {who}, which is not what is exported here; "
+            "give --results of this checkpoint"
+        )
 
 
 def model_card(

@@ -69,6 +69,15 @@ def from_json(cls: type[S], values: object, where: str, *, defaults: S | None = 
         raise UserError(f"{where}: {error}") from error
 
 
+def check_types(settings: "DataclassInstance") -> None:
+    """UserError names a setting that is not of its type; lists become tuples where those are meant.
+
+    What a file or a command line gives is checked on its way; this is for what Python code gives.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        object.__setattr__(settings, name, _converted(getattr(settings, name), hint, name))
+
+
 def _converted(value: object, hint: object, where: str) -> object:
     """The value converted to its type: JSON has no tuples, paths or dataclasses."""
     kinds = (hint, *get_args(hint))

@@ -1,7 +1,7 @@
 """Prompts to images: batching, per-image random numbers, decoding to pixels."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +107,7 @@ def draw_images(
         watch: called while images are drawn (see `OnWindow`); may raise to stop drawing.
     """
     options = options or DrawOptions()
-    check_request(model, prompts, samples_per_prompt)
+    prompts = check_request(model, prompts, samples_per_prompt)
     sampling = options.sampling or model.sampling
     geometry = drawn_windows(model, sampling)
     jobs = all_jobs(range(len(prompts)), samples_per_prompt) if jobs is None else list(jobs)
@@ -179,9 +179,9 @@ def choose_run(
 
 
 def check_request(
-    model: TensorAR, prompts: Sequence[str | int], samples_per_prompt: int = 1
-) -> None:
-    """UserError if an argument of `generate` has the wrong type."""
+    model: TensorAR, prompts: Iterable[str | int], samples_per_prompt: int = 1
+) -> list[str | int]:
+    """The prompts as a list; UserError if an argument of `generate` has the wrong type."""
     if isinstance(model, Backbone):
         raise UserError(
             "generate needs a TensorAR model, but got a plain backbone: "
@@ -192,14 +192,23 @@ def check_request(
             f"generate needs a model, but got {model!r:.80}: "
             "load one with t2i.from_pretrained(folder)"
         )
-    if isinstance(prompts, str | int):
-        kind = "[207]" if isinstance(prompts, int) else '["a photo of a red circle"]'
-        raise UserError(f"prompts must be a list: generate(model, {kind})")
+    if model.training:
+        raise UserError("the model is in training mode, with dropout: call model.eval() first")
+    if not isinstance(model.sampling, SamplingConfig):
+        raise UserError(f"model.sampling is {model.sampling!r:.80}: set a t2i.SamplingConfig")
+    # A set and a dict have no order or numbers that images could be keyed by.
+    unordered = isinstance(prompts, str | bytes | Set | Mapping)
+    if unordered or not isinstance(prompts, Iterable):
+        classes = model.backbone.spec.cond_kind == "class"
+        kind = "[207]" if classes else '["a photo of a red circle"]'
+        raise UserError(f"prompts must be a list, and is {prompts!r:.80}: generate(model, {kind})")
+    prompts = list(prompts)  # by place: a pandas column is keyed by its own labels
     if model.backbone.spec.cond_kind == "text":
         for place, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise UserError(f"prompts[{place}] is {prompt!r:.80}: this model draws captions")
     check_counts(samples_per_prompt=samples_per_prompt)
+    return prompts
 
 
 def _warn_of_prompts(backbone: Backbone, prompts: Sequence[str | int]) -> None:

@@ -54,6 +54,7 @@ def grid(
         labels: one for each image; "" for no label.
         cell: side of a cell in pixels; small images are enlarged without smoothing.
     """
+    images = images if isinstance(images, Image.Image) else list(images)
     if isinstance(images, Image.Image) or not all(isinstance(i, Image.Image) for i in images):
         raise UserError(f"grid needs a list of PIL images, but got {images!r:.80}")
     if not images:

@@ -13,8 +13,16 @@ from t2i.fields import from_json
 from t2i.models.base import Backbone, LoadOptions
 from t2i.models.blocks import LlamaConfig
 from t2i.models.families import find_family
-from t2i.sampling import SamplingConfig
-from t2i.sources import BackboneSource, base_files, check_named, expand_folder, prove, resolve
+from t2i.sampling import SamplingConfig, check_whole
+from t2i.sources import (
+    BackboneSource,
+    base_files,
+    check_named,
+    check_place,
+    expand_folder,
+    prove,
+    resolve,
+)
 from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
 from t2i.weights import state_dict_sha256, stored_sha256
@@ -38,6 +46,8 @@ def pick_device(
     if name.startswith("cuda"):
         _check_gpu(name)
     if isinstance(dtype, torch.dtype):
+        if not dtype.is_floating_point:
+            raise UserError(f"dtype {dtype} holds no weights: give one of floating-point numbers")
         return torch.device(name), dtype
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} must be auto, {' or '.join(DTYPES)}")
@@ -96,6 +106,7 @@ def load_backbone(
     Raises:
         UserError: what is wrong with the name, file or keys, and what is allowed.
     """
+    check_place(source, "source")
     device, dtype = pick_device(device, dtype)
     wanted = find_family(family).backbone_class.config_type
     grid = config if isinstance(config, tuple) else None
@@ -252,7 +263,8 @@ def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> Tens
         raise UserError(
             f"config is {config!r:.80}: give one of t2i.presets, such as t2i.presets.iclr2026()"
         )
-    return TensorAR(backbone, config, seed=seed).eval()
+    check_whole(seed=seed)
+    return TensorAR(backbone, config, seed=int(seed)).eval()
 
 
 def tokenizer_hash(backbone: Backbone) -> str:

@@ -2,7 +2,9 @@
 
 import logging
 import math
+import operator
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from t2i.errors import UserError
@@ -53,12 +55,8 @@ class SamplingConfig:
     """Corrupt drafts that are fed back, at this fraction of the training noise's strength."""
 
     def __post_init__(self):
-        for name in _PER_SUB_TOKEN:
-            if isinstance(getattr(self, name), list):  # JSON has no tuples
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         for own in fields(self):
-            if not all(map(math.isfinite, _numbers(getattr(self, own.name)))):
-                raise UserError(f"{own.name}={getattr(self, own.name)} must be a finite number")
+            object.__setattr__(self, own.name, _plain(own.name, getattr(self, own.name)))
         scales = _numbers(self.cfg_scale)
         if min(scales) < 1 or max(scales) > _MOST_GUIDANCE:
             raise UserError(
@@ -121,7 +119,19 @@ class SubTokenSampling(SamplingConfig):
 
 
 _PER_SUB_TOKEN = ("cfg_scale", "temperature", "top_k", "top_p")
+_WHOLE = ("cfg_interval", "top_k", "window", "stride")
 _OF_WINDOWS = ("window", "stride", "draft_temperature", "renoise")
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A setting in numbers of Python (JSON knows no others), several of them as a tuple."""
+    if name in _PER_SUB_TOKEN and isinstance(value, list | tuple):
+        return tuple(_plain(name, number) for number in value)
+    wanted = "whole" if name in _WHOLE else "finite"
+    kind = Integral if name in _WHOLE else Real
+    if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(f"{name}={value!r:.80} must be a {wanted} number")
+    return operator.index(value) if isinstance(value, Integral) else float(value)
 
 
 def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
@@ -188,6 +198,9 @@ class DrawOptions:
                 f"sampling is {self.sampling!r:.80}: give a t2i.SamplingConfig, "
                 "or change the model's own with dataclasses.replace(model.sampling, ...)"
             )
+        for name in ("seed", "batch_size"):
+            check_whole(**{name: getattr(self, name)})
+            object.__setattr__(self, name, operator.index(getattr(self, name)))
         check_counts(_MOST_ROWS, batch_size=self.batch_size)
         check_seed(self.seed)
         check_speculate(self.speculate or 0)
@@ -225,5 +238,5 @@ def check_counts(most: int = _MOST_COUNT, **values: int | None) -> None:
 def check_whole(**values: int) -> None:
     """UserError if one of the values is not a whole number."""
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not isinstance(value, Integral) or isinstance(value, bool):
             raise UserError(f"{name}={value!r:.80} must be a whole number")

@@ -6,6 +6,7 @@ publish a folder (Janus-Pro) take that folder, or "owner/repo".
 """
 
 import logging
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,12 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
 
     with asking_hub(f"{text} is not here, and the hub did not give {filename} of {repo}"):
         return Path(hf_hub_download(repo, filename, local_files_only=hub_is_away()))
+
+
+def check_place(source: object, what: str) -> None:
+    """UserError for what can be neither a path nor a name."""
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(f"{what} is {source!r:.80}: give a path or a name")
 
 
 def check_named(source: str | Path, *, folder: bool = False) -> None:

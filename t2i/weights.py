@@ -177,6 +177,13 @@ def _flatten(content: Any, path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict):
             content = _within(content)
     if not _is_state_dict(content):
+        held = content if isinstance(content, dict) else {}
+        other = [repr(k) for k, v in held.items() if not isinstance(v, Tensor)]
+        if 0 < len(other) < len(held):
+            raise UserError(
+                f"weight file {path} holds, among its weights, what is none: "
+                f'{shorten_keys(other)}; save the weights by themselves, as {{"model": weights}}'
+            )
         raise UserError(
             f"weight file {path} holds no state dict (looked at the top level, under "
             f"{', '.join(_NESTING_KEYS)}, and for a single one under any other name)"

@@ -220,8 +220,29 @@ def test_missing_scores_are_shown_as_dashes(tmp_path):
     """FID has no precision for few images, and DPG-Bench no official mean if no prompt counts."""
     scores = {"fid": 3.25, "precision": None, "overall": {"mean": None, "stderr": None}}
     write_json(tmp_path / "results.json", {"benchmark": "FID", "scores": scores})
-    shown = [row.split(" | ")[1:3] for row in _score_rows(tmp_path / "results.json")]
+    shown = [row.split(" | ")[1:3] for row in _score_rows(tmp_path / "results.json", {})]
     assert shown == [["fid", "3.250"], ["precision", "-"], ["overall", "-"]]
+
+
+def test_a_card_names_the_judge_and_takes_no_other_models_scores(tmp_path):
+    config = {"training": {"step": 4}, "method": {"k": 4}}
+    about = {"checkpoint": "runs/a/checkpoints/step_000004", "step": 4, "method": {"k": 4}}
+
+    def rows(**facts):
+        scores = {"benchmark": "GenEval", "label": "shapes prompts", "scores": {"overall": 0.5}}
+        write_json(tmp_path / "results.json", scores | facts)
+        return _score_rows(tmp_path / "results.json", config)
+
+    (row,) = rows(generation={"about": about})
+    assert row.startswith("| GenEval, shapes prompts | overall | 0.500")
+    assert rows(generation=None) == rows() == [row], "images of another program"
+    for other, who in (
+        (about | {"step": 9}, "runs/a/checkpoints"),
+        (about | {"method": {"k": 1}}, "runs/a/checkpoints"),
+        ({"backbone": {}}, "a base by itself"),
+    ):
+        with pytest.raises(t2i.UserError, match=f"holds scores of {who}.*not what is exported"):
+            rows(generation={"about": other})
 
 
 # -- case 28: the upload --------------------------------------------------------------------------

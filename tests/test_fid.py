@@ -116,6 +116,10 @@ def test_other_files_are_refused(tmp_path):
         archive.writestr("arr_0.npy", b"no array")
     with pytest.raises(ValueError, match=r"d\.npz is damaged: .*magic"):
         open_images(tmp_path / "d.npz")
+    with zipfile.ZipFile(tmp_path / "e.npz", "w") as archive:
+        archive.writestr("arr_0", b"not named as an array")
+    with pytest.raises(ValueError, match=r"e\.npz is damaged: .*no item named 'arr_0\.npy'"):
+        open_images(tmp_path / "e.npz")
     with pytest.raises(ValueError, match="none does not exist; give an"):
         open_images(tmp_path / "none")
     with pytest.raises(ValueError, match="holds no images"):
@@ -182,6 +186,16 @@ def test_the_batch_size_does_not_matter(tmp_path, network):
     assert first["samples"] == second["samples"]
 
 
+def test_torchs_default_type_does_not_matter(tmp_path, network):
+    samples = write_npz(tmp_path / "a.npz", pictures(8))
+    wanted = score(samples, samples, network)["inception_score"]
+    torch.set_default_dtype(torch.bfloat16)  # as other models' code does
+    try:
+        assert score(samples, samples, network)["inception_score"] == wanted
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_stored_statistics_win_over_the_images(tmp_path, network):
     samples = write_npz(tmp_path / "a.npz", pictures(12))
     plain = score(samples, write_npz(tmp_path / "plain.npz", pictures(9, seed=1)), network)
@@ -227,6 +241,10 @@ def test_a_stored_mean_is_not_rounded(tmp_path):
         ({"mu": np.zeros(5), "sigma": np.eye(5)}, "mu has 5 features, this network has 4"),
         ({"mu": np.zeros(4), "sigma": np.eye(5)}, r"mu is \[4\] and sigma is \[5, 5\]"),
         ({"mu": np.zeros(4)}, "sigma cannot be read"),
+        (
+            {"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(7), "sigma_s": np.eye(7)},
+            "mu_s has 7 features, this network has",
+        ),
         ({"mu": np.full(4, np.nan), "sigma": np.eye(4)}, "mu must hold finite numbers"),
         (
             {"mu": np.array(["a"] * 4), "sigma": np.eye(4)},

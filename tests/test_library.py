@@ -1,6 +1,7 @@
 """Case 24: what a notebook user types, and is told."""
 
 import inspect
+import json
 
 import numpy as np
 import pytest
@@ -12,14 +13,22 @@ from PIL import Image
 import geneval
 import t2i
 from dpg_bench.answerers import answer_prompt, load_answerer
+from dpg_bench.dpg_benchmark import load_questions
 from dpg_bench.questions import QuestionGraph
 from dpg_bench.score import score as dpg_score
+from geneval.geneval_benchmark import GenEval, load_prompts
 from geneval.prompts import official_prompts
 from t2i import generation, loading
+from t2i.evaluation.evaluation_options import Scope
+from t2i.evaluation.fid.fid_score import check_inputs
+from t2i.evaluation.generation_folder import sample_file, write_prompt
+from t2i.evaluation.runner import evaluate
+from t2i.imaging import save_png
 from t2i.loading import pick_device
 from t2i.lora import add_lora, load_adapter, save_adapter
 from t2i.shapes.shapes_detector import ShapesDetector
 from t2i.sources import ASSETS
+from t2i.tensorar import sampler
 from t2i.tuning import LoRAConfig
 
 
@@ -64,8 +73,12 @@ def test_a_typing_mistake_speaks_of_the_function_that_was_called(model):
     ("arguments", "options", "message"),
     [
         (("runs/mine", [1]), {}, "generate needs a model, but got 'runs/mine'"),
-        ((None, 3), {}, "prompts must be a list: generate"),
-        ((None, "a dog"), {}, "prompts must be a list: generate"),
+        ((None, 3), {}, "prompts must be a list, and is 3: generate"),
+        ((None, "a dog"), {}, "prompts must be a list, and is 'a dog': generate"),
+        ((None, {1, 2}), {}, r"prompts must be a list, and is \{1, 2\}: generate\(model, \[207\]"),
+        ((None, {"a dog": 1}), {}, "prompts must be a list"),
+        ((None, None), {}, "prompts must be a list, and is None"),
+        ((None, [1]), {"batch_size": None}, "batch_size=None must be a whole number"),
         ((None, [1]), {"sampling": {"top_k": 3}}, "sampling is .*give a t2i.SamplingConfig"),
         ((None, [1]), {"seed": "3"}, "seed='3' must be a whole number"),
         ((None, [1]), {"samples_per_prompt": 0}, "must be at least 1"),
@@ -77,6 +90,83 @@ def test_generate_says_what_it_needs(model, arguments, options, message):
     given, prompts = arguments
     with pytest.raises(t2i.UserError, match=message):
         t2i.generate(given or model, prompts, progress=False, **options)
+
+
+class Column:
+    """Like a column of pandas that was sorted: its labels are not its places."""
+
+    def __init__(self, values, labels):
+        self._by_label = dict(zip(labels, values, strict=True))
+
+    def __len__(self):
+        return len(self._by_label)
+
+    def __iter__(self):
+        return iter(self._by_label.values())
+
+    def __getitem__(self, label):
+        return self._by_label[label]
+
+
+def test_prompts_of_any_ordered_kind_draw_the_images_of_a_list(model):
+    def draw(prompts, **options):
+        return [np.asarray(i) for i in t2i.generate(model, prompts, progress=False, **options)]
+
+    wanted = draw([3, 1])
+    for given in (np.array([3, 1]), (n for n in [3, 1]), Column([3, 1], labels=[1, 0])):
+        assert np.array_equal(draw(given), wanted)
+    assert np.array_equal(draw([3, 1], seed=np.int64(0), batch_size=np.int32(16)), wanted)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"top_k": 1.5},
+        {"top_k": True},
+        {"cfg_scale": "7"},
+        {"cfg_scale": (1.0, None)},
+        {"temperature": None},
+        {"cfg_interval": 1.5},
+        {"window": 2.5},
+    ],
+)
+def test_a_sampling_setting_of_another_type_is_refused_by_name(setting):
+    (name,) = setting
+    with pytest.raises(t2i.UserError, match=f"^{name}=.* must be a (whole|finite) number"):
+        t2i.SamplingConfig(**setting)
+
+
+def test_numbers_of_numpy_become_settings_that_a_file_can_hold():
+    config = t2i.SamplingConfig(
+        cfg_scale=np.float32(2), top_k=[np.int64(3), 4], top_p=np.float64(1)
+    )
+    assert json.loads(json.dumps(vars(config)))["top_k"] == [3, 4]
+
+
+def test_generate_with_a_model_that_was_changed_by_hand():
+    model = t2i.attach(tiny_llamagen("class"), t2i.presets.base())
+    model.sampling = {"top_k": 3}
+    with pytest.raises(t2i.UserError, match=r"model.sampling is .*: set a t2i.SamplingConfig"):
+        t2i.generate(model, [1], progress=False)
+    with pytest.raises(t2i.UserError, match=r"training mode.*call model.eval\(\) first"):
+        t2i.generate(model.train(), [1], progress=False)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_llamagen("class"), tiny_open_magvit2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_no_image_depends_on_torchs_default_type(make, dtype):
+    """Other models' code sets it, such as DeepSeek's."""
+    model = t2i.attach(make(), t2i.presets.iclr2026(k=2))
+    sampling = t2i.SamplingConfig(cfg_scale=2.3)
+    table = sampler.guidance_table(model, sampling)
+    (wanted,) = t2i.generate(model, [3], sampling=sampling, progress=False)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(sampler.guidance_table(model, sampling), table)
+        (found,) = t2i.generate(model, [3], sampling=sampling, progress=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert np.array_equal(found, wanted)
 
 
 def test_generate_with_a_backbone_or_without_captions():
@@ -93,6 +183,11 @@ def test_generate_with_a_backbone_or_without_captions():
         (lambda: t2i.attach("shapes", t2i.presets.base()), "attach needs a backbone"),
         (lambda: t2i.attach(tiny_rar(), "iclr2026"), "config is 'iclr2026'.*t2i.presets"),
         (lambda: t2i.attach(tiny_rar(), t2i.presets.iclr2026), "config is .*t2i.presets"),
+        (lambda: t2i.attach(tiny_rar(), t2i.presets.base(), seed="x"), "seed='x' must be a whole"),
+        (lambda: t2i.presets.iclr2026(k="4"), "k is '4', which is not of the type int"),
+        (lambda: t2i.presets.tuned(mlp="no"), "mlp is 'no', which is not of the type bool"),
+        (lambda: t2i.presets.tuned(slot_weights=3), "slot_weights is 3, which is not of the type"),
+        (lambda: t2i.presets.tuned(own_drafts="all"), "own_drafts is 'all', which is not of"),
         (lambda: t2i.load_backbone("shapes", "shapes"), "unknown backbone family 'shapes'"),
         (lambda: t2i.load_backbone("rar", "shapes"), "holds a llamagen backbone, not rar"),
         (lambda: t2i.load_backbone("rar", "shapes-janus"), "holds a janus backbone, not rar"),
@@ -100,6 +195,10 @@ def test_generate_with_a_backbone_or_without_captions():
         (lambda: t2i.load_backbone("rar", "shapes", config={"dim": 3}), "config .*RARConfig"),
         (lambda: t2i.load_backbone("rar", "shapes", config=(16,)), r"or a grid .*is \(16,\)"),
         (lambda: t2i.from_pretrained("shapes"), "does not exist"),
+        (lambda: t2i.from_pretrained(None), "folder is None: give a path or a name"),
+        (lambda: t2i.load_model(None), "source is None: give a path or a name"),
+        (lambda: t2i.load_backbone("rar", 3), "source is 3: give a path or a name"),
+        (lambda: t2i.load_model("shapes", dtype=torch.int8), "dtype torch.int8 holds no weights"),
     ],
 )
 def test_loaders_say_what_they_need(call, message):
@@ -191,6 +290,7 @@ def test_grid():
     images = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
     sheet = t2i.grid(images, cell=128)
     assert sheet.size == (2 * 134 + 6, 2 * 134 + 6) and sheet.getpixel((10, 10)) == (255, 0, 0)
+    assert np.array_equal(t2i.grid(iter(images), cell=128), sheet)
     assert t2i.grid(images, columns=3, labels=["a", "", "c"]).size == (3 * 134 + 6, 134 + 16 + 6)
     for arguments, options, message in (
         ((images[0],), {}, "needs a list of PIL images"),
@@ -235,9 +335,16 @@ def test_geneval_score_takes_what_has_a_meaning(tmp_path):
         (np.zeros((4, 8, 8), np.uint8), [entry], r"images\[0\] cannot be read"),
         ([Image.new("I;16", (8, 8))], [entry], r"images\[0\] cannot be read.*8-bit RGB"),
         ([image] * 3, [entry] * 2, "3 images for 2 prompts"),
+        (None, [entry], "images is None: give a list"),
+        ([image], None, "metadata is None: give a list"),
     ):
         with pytest.raises(t2i.UserError, match=message):
             geneval.score(images, metadata, detector)
+    for other in ("shapes", ShapesDetector):
+        with pytest.raises(t2i.UserError, match=r"detector is .*geneval.detectors.load_detector"):
+            geneval.score([image], [entry], other)
+    with pytest.raises(t2i.UserError, match=r"options is .*give geneval.RuleOptions"):
+        geneval.score([image], [entry], detector, options={"threshold": 0.3})
 
 
 def test_dpg_score_says_what_it_needs():
@@ -248,3 +355,42 @@ def test_dpg_score_says_what_it_needs():
         dpg_score([image], ["a dog"])
     with pytest.raises(t2i.UserError, match="score judges answers, by item"):
         dpg_score(QuestionGraph((), ""), [image])
+    graph = load_questions("shapes")
+    (item, questions), *_ = graph.items.items()
+    seen = answer_prompt(judge, iter([image]), questions)
+    assert seen == answer_prompt(judge, [image], questions) and len(seen) == 1
+    with pytest.raises(t2i.UserError, match="answer_prompt needs a list of PIL images"):
+        answer_prompt(judge, iter([]), questions)
+    with pytest.raises(t2i.UserError, match="mode I;16 cannot be judged"):
+        answer_prompt(judge, [Image.new("I;16", (64, 64))], questions)
+    for answers, message in (
+        ([dict.fromkeys(seen[0], True)], f"answer to line .*{item}.* is True: answers are texts"),
+        (seen[0], r"give a list with the answers of one image after another"),
+        (["yes"], r"give a list with the answers of one image after another"),
+    ):
+        with pytest.raises(t2i.UserError, match=message):
+            dpg_score(graph, {item: answers})
+
+
+def test_evaluate_takes_paths_as_texts_and_says_what_it_needs(model, tmp_path):
+    benchmark = GenEval(load_prompts("shapes"), ShapesDetector(), prompts="shapes")
+    entry, few = benchmark.entries[0], Scope(samples=1, limit=1)
+    write_prompt(tmp_path / "images", 0, entry)
+    save_png(Image.new("RGB", (64, 64)), tmp_path / "images" / sample_file(0, 0))
+    found = evaluate(benchmark, f"{tmp_path}/out", images=f"{tmp_path}/images", scope=few)
+    assert found["coverage"]["judged"] == 1
+    out = tmp_path / "other"
+    for options, message in (
+        ({}, "either model=... or images=FOLDER"),
+        ({"model": model, "images": out}, "either model=... or images=FOLDER"),
+        ({"model": "shapes"}, "model is 'shapes': evaluate takes a TensorAR"),
+        ({"model": model, "scope": {"samples": 1}}, "scope is .*: evaluate takes a Scope"),
+        ({"model": model, "draw": {"seed": 1}}, "draw is .*: evaluate takes a DrawOptions"),
+        ({"images": 3}, "images is 3: give a path"),
+    ):
+        with pytest.raises(t2i.UserError, match=message):
+            evaluate(benchmark, out, **options)
+    with pytest.raises(t2i.UserError, match="detector is 'shapes': give one of"):
+        GenEval(benchmark.entries, "shapes")
+    with pytest.raises(t2i.UserError, match="samples is array"):
+        check_inputs(np.zeros((4, 8, 8, 3), np.uint8), out, allow_fewer=True)

@@ -44,7 +44,7 @@ from t2i.files import owning, remove_leftovers, writable_folder
 from t2i.generation import all_jobs
 from t2i.processes import ALONE, Processes, join_processes
 from t2i.sampling import DrawOptions
-from t2i.sources import shipped_bases
+from t2i.sources import check_place, shipped_bases
 from t2i.tensorar.model import TensorAR
 
 log = logging.getLogger(__name__)
@@ -79,10 +79,10 @@ class Benchmark(Judge, Protocol):
 
 def evaluate(
     benchmark: Benchmark,
-    out: Path,
+    out: str | Path,
     *,
     model: TensorAR | None = None,
-    images: Path | None = None,
+    images: str | Path | None = None,
     scope: Scope | None = None,
     draw: DrawOptions | None = None,
     processes: Processes = ALONE,
@@ -101,7 +101,14 @@ def evaluate(
         UserError: something in the images or folders is missing, unreadable, unexpected or
             contradictory.
     """
-    assert (model is None) != (images is None), "a model, or a folder of images"
+    if (model is None) == (images is None):
+        raise UserError("evaluate judges either model=... or images=FOLDER: give one of them")
+    _check_kind("model", model, TensorAR)
+    _check_kind("scope", scope, Scope)
+    _check_kind("draw", draw, DrawOptions)
+    check_place(out, "out")
+    check_place(out if images is None else images, "images")
+    out, images = Path(out), None if images is None else Path(images)
     scope, entries = scope or Scope(), benchmark.entries
     selected = scope.select(len(entries))
     folder = out / "images" if images is None else images
@@ -126,6 +133,11 @@ def evaluate(
         _report(benchmark, out, inventory, verdicts, scope)
     processes.barrier()
     return read_whole_results(out)[0]
+
+
+def _check_kind(name: str, given: object, kind: type) -> None:
+    if not (given is None or isinstance(given, kind)):
+        raise UserError(f"{name} is {given!r:.80}: evaluate takes a {kind.__name__} there")
 
 
 def look_at_names(folder: Path, entries: Sequence[dict], scope: Scope, out: Path) -> None:

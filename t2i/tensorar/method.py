@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from t2i.errors import UserError
+from t2i.fields import check_types
 
 Residual = Literal["first", "all", "none"]
 Schedule = Literal["linear", "sine", "sqrt", "exponential"]
@@ -59,6 +60,7 @@ class TensorARConfig:
                 raise UserError(
                     f"unknown {name} {given!r}; choose one of {', '.join(get_args(kind))}"
                 )
+        check_types(self)
         weights = self.slot_weights
         heaviest, lightest = _SLOT_WEIGHTS
         fit = bool(weights) and all(0 <= weight <= heaviest for weight in weights)

@@ -63,7 +63,7 @@ def guidance_table(model: TensorAR, config: SamplingConfig) -> Tensor | None:
     stride, count = windows.stride, windows.count
     shown = count if config.cfg_interval < 0 else (config.cfg_interval + 1) // stride + 1
     rows = [[model.backbone.guidance(own, i, count) for own in settings] for i in range(count)]
-    table = torch.tensor(rows)
+    table = torch.tensor(rows, dtype=torch.float32)  # whatever the default type is
     table[shown:] = 1
     return table.to(model.backbone.device)
 

@@ -53,7 +53,7 @@ from t2i.files import file_sha256, read_json
 from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
 from t2i.sampling import check_counts
-from t2i.sources import absolute
+from t2i.sources import absolute, check_place
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +112,9 @@ def _extract_all(
 ) -> tuple[InceptionFeatures, str]:
     """Features of all images, and the SHA-256 of their sizes and pixels in order."""
     device = network.fc.weight.device
-    pool = torch.empty(images.count, POOL_WIDTH, device=device)
-    spatial = torch.empty(images.count, SPATIAL_WIDTH, device=device)
+    kind = {"device": device, "dtype": torch.float32}
+    pool = torch.empty(images.count, POOL_WIDTH, **kind)
+    spatial = torch.empty(images.count, SPATIAL_WIDTH, **kind)
     digest = hashlib.sha256()
     done = 0
     with progress_bar(total=images.count, desc=description, unit=" images") as bar:
@@ -135,16 +136,18 @@ def has_statistics(path: str | Path) -> bool:
 
 
 def _stored_statistics(path: Path, device: torch.device) -> tuple[Statistics, Statistics | None]:
-    pool = read_statistics(path, "mu", "sigma", device)
-    if len(pool.mean) != POOL_WIDTH:
-        raise UserError(
-            f"{path}: mu has {len(pool.mean)} features, this network has {POOL_WIDTH}; the "
-            "statistics are of another network"
-        )
-    spatial = (
-        read_statistics(path, "mu_s", "sigma_s", device) if "mu_s" in npz_arrays(path) else None
-    )
-    return pool, spatial
+    def stored(mean: str, covariance: str, width: int) -> Statistics:
+        found = read_statistics(path, mean, covariance, device)
+        if len(found.mean) != width:
+            raise UserError(
+                f"{path}: {mean} has {len(found.mean)} features, this network has {width}; the "
+                "statistics are of another network"
+            )
+        return found
+
+    pool = stored("mu", "sigma", POOL_WIDTH)
+    spatial = "mu_s" in npz_arrays(path)
+    return pool, stored("mu_s", "sigma_s", SPATIAL_WIDTH) if spatial else None
 
 
 def read_statistics(
@@ -233,6 +236,8 @@ def check_inputs(samples: str | Path, reference: str | Path, *, allow_fewer: boo
     Raises:
         UserError: there are too few, or one of the sets or the reference's statistics is unusable.
     """
+    check_place(samples, "samples")
+    check_place(reference, "reference")
     images = open_images(samples)
     if images.count < PROTOCOL_IMAGES and not allow_fewer:
         raise UserError(

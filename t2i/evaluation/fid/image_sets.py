@@ -165,7 +165,7 @@ def _open_member(path: Path, name: str) -> Iterator[IO[bytes]]:
             yield file
     except UserError:
         raise
-    except _BROKEN as error:
+    except (*_BROKEN, KeyError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 

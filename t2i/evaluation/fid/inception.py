@@ -152,7 +152,7 @@ def load_inception(
     Raises:
         UserError: the file does not exist, is not the published one, or cannot be downloaded.
     """
-    network = Inception()
+    network = Inception().float()  # whatever torch's default type is
     if str(weights) == RANDOM:
         _randomize(network)
         digest = RANDOM

@@ -39,7 +39,8 @@ _LOSS = ("loss.", "model_ema.loss")
 
 def signs(indices: Tensor, bits: int) -> Tensor:
     """Code vectors fp32 [..., E] of -1 and +1 for indices int64 [...]."""
-    return 2.0 * (indices[..., None] >> torch.arange(bits, device=indices.device) & 1) - 1
+    set_bits = indices[..., None] >> torch.arange(bits, device=indices.device) & 1
+    return (2 * set_bits - 1).float()
 
 
 def indices(latents: Tensor) -> Tensor:
