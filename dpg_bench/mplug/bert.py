@@ -169,7 +169,6 @@ class Layers(nn.Module):
 class Bert(nn.Module):
     """Embeddings and `count` identical layers."""
 
-
     def __init__(self, config: BertConfig, count: int, *, cross: bool):
         super().__init__()
         self.embeddings = Embeddings(config)
