@@ -196,7 +196,7 @@ def _question(row: dict, line: int) -> Question:
 
 
 def graph_problems(questions: Sequence[Question]) -> list[str]:
-    """What keeps these questions from being scored, each named by its row."""
+    """The reasons why these questions cannot be scored, each with its row."""
     problems = []
     last_of_item: dict[str, int] = {}
     for index, question in enumerate(questions):
@@ -214,7 +214,7 @@ def graph_problems(questions: Sequence[Question]) -> list[str]:
 
 
 def item_problems(rows: Sequence[Question]) -> list[str]:
-    """What keeps one item's questions from being scored."""
+    """The reasons why one item's questions cannot be scored."""
     problems = []
     by_id: dict[int, Question] = {}
     for row in rows:

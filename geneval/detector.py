@@ -53,12 +53,12 @@ class Detector(Protocol):
 
     @property
     def classes(self) -> Sequence[str]:
-        """What `detect` can find."""
+        """The class names that `detect` can return."""
         ...
 
     @property
     def colors(self) -> Sequence[str]:
-        """What `classify_colors` can answer."""
+        """The color names that `classify_colors` can return."""
         ...
 
     def detect(self, image: Image.Image) -> Mapping[str, Detections]:

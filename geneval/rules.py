@@ -4,7 +4,7 @@ Reference: `evaluation/evaluate_images.py` of djghosh13/geneval at af4902f (arXi
 Easy to get wrong, and tested against golden verdicts:
 - scores are compared in float32, strictly above the threshold; "counting" has its own threshold;
 - equal scores: the later detection comes first;
-- only the `count` most confident objects of a class are looked at for colour and position;
+- only the `count` most confident objects of a class are checked for color and position;
 - a position is judged only for objects whose count and colour were right.
 """
 
@@ -127,7 +127,7 @@ def check_schema(entry: object, where: str) -> Mapping:
 
 
 def _can_be_judged(item: object, place: int) -> bool:
-    """Whether an object that is asked for, with so many before it, has all that the rules read."""
+    """Whether the requested object at index `place` has every field that the rules read."""
     if not isinstance(item, Mapping) or not isinstance(item.get("class"), str):
         return False
     relation = item.get("position", [RELATIONS[0], 0])

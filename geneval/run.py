@@ -28,7 +28,7 @@ class GenEvalOptions(BenchmarkOptions):
     detector: Literal["auto", "mask2former", "mask2former-hf", "shapes"] = "auto"
     """mask2former (official), mask2former-hf (nearly), shapes (exact), or auto (by the prompts)."""
     detector_weights: Path | None = None
-    """Weights of the detector, if they are not to be downloaded."""
+    """File or folder with the detector's weights (default: the cache, else a download)."""
     detector_sha256: str | None = None
     """First digits of the hash that these weights must have instead of the published one."""
 

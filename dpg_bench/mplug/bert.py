@@ -167,7 +167,7 @@ class Layers(nn.Module):
 
 
 class Bert(nn.Module):
-    """Embeddings and so many equal layers."""
+    """Embeddings and `count` identical layers."""
 
     def __init__(self, config: BertConfig, count: int, *, cross: bool):
         super().__init__()
