@@ -181,8 +181,8 @@ def _flatten(content: Any, path: Path) -> dict[str, Tensor]:
         other = [repr(k) for k, v in held.items() if not isinstance(v, Tensor)]
         if 0 < len(other) < len(held):
             raise UserError(
-                f"weight file {path} holds, among its weights, what is none: "
-                f'{shorten_keys(other)}; save the weights by themselves, as {{"model": weights}}'
+                f"weight file {path} holds entries that are not weights: {shorten_keys(other)}; "
+                f'save the weights alone, as {{"model": weights}}'
             )
         raise UserError(
             f"weight file {path} holds no state dict (looked at the top level, under "

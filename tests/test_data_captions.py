@@ -1,4 +1,6 @@
-"""Cases 14-16: what a caption is, whatever holds it, and what becomes of one that is none."""
+"""Cases 14-16: which captions are read from each kind of source, and what happens to unusable
+ones.
+"""
 
 import json
 
@@ -27,12 +29,12 @@ from t2i.errors import UserError
 
 # -- 14: captions that cleaning empties ------------------------------------------------------------
 def notes(captions):
-    """As a text encoder that reads no Chinese and three words."""
+    """The notes of a text encoder that reads no Chinese and only three words."""
     return [None if c == "\u5706" else ["caption cut"] * (len(c.split()) > 3) for c in captions]
 
 
 def test_unreadable_captions(tmp_path):
-    """Case 14: the survey, the encoding and a cache hit name skipped and cut captions."""
+    """Case 14: the survey, the encoding and a cache hit report skipped and cut captions."""
     write_images(tmp_path / "data", 4)
     values = ["a dot", "\u5706", ["\u5706", "a dot"], "a dot with more"]
     rows = [{"file_name": f"{i}.png", "text": v} for i, v in enumerate(values)]
@@ -57,8 +59,8 @@ def test_unreadable_captions(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llamagen", "janus"])
-def test_prompts_of_which_something_is_lost(family, tiny_world, monkeypatch, caplog):
-    """Case 14: sampling says it once of each prompt."""
+def test_prompts_that_lose_words(family, tiny_world, monkeypatch, caplog):
+    """Case 14: sampling says once for each prompt what it loses."""
 
     def drawn(*args, **options):
         raise Killed
@@ -104,7 +106,7 @@ NO_TEXT = "caption holds characters that are not text"
     ],
 )
 def test_captions_of_any_value(value, captions, said):
-    """Cases 15 and 16: one rule, whatever holds the caption."""
+    """Cases 15 and 16: the same rule in every kind of source."""
     assert read_captions(value) == (captions, said)
 
 
@@ -112,7 +114,9 @@ def test_captions_of_any_value(value, captions, said):
     "kind", ["metadata", "sidecar", "webdataset", "webdataset json", "parquet"]
 )
 def test_the_same_text_is_the_same_captions(kind, tmp_path):
-    """Cases 15, 16: three lines are three alternatives everywhere; a caption that is no text."""
+    """Cases 15, 16: three lines are three alternatives everywhere. A lone surrogate is removed from
+    JSON; other files with one are not UTF-8.
+    """
     text, surrogate = "one\ntwo\nthree", "a \ud83d dot"
     values = [text, surrogate, 7]
     if kind == "metadata":
@@ -152,7 +156,7 @@ def test_the_same_text_is_the_same_captions(kind, tmp_path):
 
 
 def test_damaged_json_and_huge_files(tmp_path):
-    """Case 15: nesting that Python cannot follow, and a "caption" of two megabytes."""
+    """Case 15: JSON nested deeper than Python can follow, and a "caption" of two megabytes."""
     write_images(tmp_path, 1)
     (tmp_path / "0.txt").write_bytes(b"x" * (2 << 20))
     assert levels(open_source(tmp_path)) == ["caption too large"]

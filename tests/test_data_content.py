@@ -1,4 +1,6 @@
-"""Cases 7, 10, 11: data are their content, a name has one meaning, the cache's place is checked."""
+"""Cases 7, 10, 11: data are identified by their content, a name has one meaning, and the place of
+the cache is checked first.
+"""
 
 import os
 import shutil
@@ -50,7 +52,9 @@ def test_place_and_clock_do_not_matter(kind, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["metadata", "sidecar", "parquet", "webdataset"])
 def test_any_edit_matters(kind, tmp_path):
-    """Case 10: one byte of any file, with the old size and times, makes another data set."""
+    """Case 10: changing one byte of any file, even with the old size and times, makes another data
+    set.
+    """
     data = make(kind, tmp_path / "data")
     source = open_source(data)
     before = hash_files(source.files(), tmp_path / "cache")
@@ -65,7 +69,7 @@ def test_any_edit_matters(kind, tmp_path):
 
 
 def test_images_elsewhere_are_content_too(tmp_path):
-    """Case 10: what metadata.jsonl or a table names outside the folder."""
+    """Case 10: files outside the folder that metadata.jsonl or a table names."""
     write_images(tmp_path / "images")
     rows = [{"file_name": f"../images/{i}.png", "text": "x"} for i in range(3)]
     write_metadata(tmp_path / "data", rows)
@@ -94,7 +98,7 @@ def test_images_elsewhere_are_content_too(tmp_path):
 
 
 def test_changes_are_named(tmp_path):
-    """Case 10: files, or the settings that make a cache another; or that it cannot be said."""
+    """Case 10: the changed files, or the changed settings, or that the change cannot be told."""
     data = make("sidecar", tmp_path / "data")
     key = build(open_source(data), tmp_path / "cache").name
     with pytest.raises(UserError, match=r"resolution: 8 -> 4"):
@@ -114,7 +118,9 @@ def test_changes_are_named(tmp_path):
 
 
 def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
-    """Case 10: the index spares reading a million images again; it trusts no file of now."""
+    """Case 10: the index saves reading a million images again, but does not trust files changed
+    just now.
+    """
     monkeypatch.setattr(content, "_WORTH_AN_INDEX", 0)
     monkeypatch.setattr(published, "_SETTLED", 10**7)
     source = open_source(make("metadata", tmp_path / "data"))
@@ -130,7 +136,7 @@ def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
     assert hash_files(source.files(), tmp_path) != first
     assert read[4:] == ["1.png"]
     hash_files(source.files(), tmp_path)
-    assert read[5:] in ([], ["1.png"]), "it changed a moment before"
+    assert read[5:] in ([], ["1.png"]), "read again: it changed just before"
     time.sleep(0.05)
     ranks = in_threads(lambda r: hash_files(source.files(), tmp_path, Processes(r, 2, patience=20)))
     assert ranks[0] == ranks[1] == hash_files(source.files(), tmp_path)
@@ -147,7 +153,9 @@ def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
 
 # -- 11: names -------------------------------------------------------------------------------------
 def test_a_folder_of_a_shipped_name(tmp_path, monkeypatch):
-    """Case 11: a bare name is the kit's, ./name the folder; where both are, it is said."""
+    """Case 11: a bare name means the kit's data, ./name the folder; if both exist, a message says
+    so.
+    """
     monkeypatch.chdir(tmp_path)
     assert parse_shapes("shapes").remarks == []
     make("sidecar", tmp_path / "shapes")
@@ -159,7 +167,7 @@ def test_a_folder_of_a_shipped_name(tmp_path, monkeypatch):
 
 
 def test_a_run_of_a_shipped_name(tmp_path, monkeypatch, caplog):
-    """Case 11, for models: the run is ./shapes."""
+    """Case 11, for models: the run is given as ./shapes."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shapes" / "checkpoints").mkdir(parents=True)
     (tmp_path / "shapes" / "config.json").write_text("{}")
@@ -169,8 +177,8 @@ def test_a_run_of_a_shipped_name(tmp_path, monkeypatch, caplog):
 
 
 # -- 7: the cache's place --------------------------------------------------------------------------
-def test_a_full_disk_is_the_users_to_mend(tmp_path, monkeypatch):
-    """Case 7: while a shard is written, whoever words the error."""
+def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
+    """Case 7: while a shard is written, whichever library raises the error."""
 
     def full(tensors, path):
         path.write_bytes(b"half")
@@ -199,14 +207,16 @@ def test_an_unwritable_cache_is_noticed_first(tmp_path):
 
 @pytest.mark.parametrize("change", ["edit", "remove", "caption", "everything"])
 def test_data_that_change_while_they_are_encoded_are_not_kept(tmp_path, monkeypatch, change):
-    """A drive that went away: what it lacked was missing for good, under the name of the whole."""
+    """If a drive was unmounted meanwhile, its images used to be missing for good from a cache that
+    counted as complete.
+    """
     data, cache = make("sidecar", tmp_path / "data"), tmp_path / "cache"
     copy = shutil.copytree(data, tmp_path / "copy")
     source, hashed = open_source(data), encoding.hash_files
 
     def hash_and_change(*given):
         found = hashed(*given)
-        os.utime(data / "2.png")  # touched alone: no change
+        os.utime(data / "2.png")  # only touched: not a change
         for path in {"edit": [data / "0.png"], "everything": [*data.iterdir()]}.get(change, ()):
             path.write_bytes(b"")
         if change in ("remove", "caption"):

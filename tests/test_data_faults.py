@@ -1,4 +1,4 @@
-"""Cases 12, 13, 17, 18, 28: faults of data sets that users have, and what becomes of each."""
+"""Cases 12, 13, 17, 18, 28: faults that data sets often have, and what happens with each."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ from t2i.errors import UserError
 
 # -- 12: the held-out split ------------------------------------------------------------------------
 def several_rows(kind, folder):
-    """Three images with five samples each, whatever tells that they are the same."""
+    """Three images with five samples each, in every form that shows that the image is the same."""
     images = [i for i in range(3) for _ in range(5)]
     captions = [f"{i} {j}" for j, i in enumerate(images)]
     if kind == "metadata":
@@ -58,7 +58,7 @@ def several_rows(kind, folder):
 
 @pytest.mark.parametrize("kind", ["metadata", "copies", "parquet", "webdataset"])
 def test_rows_of_one_image_are_held_out_together(kind, tmp_path):
-    """Case 12: several rows of an image are several samples, on one side of the split."""
+    """Case 12: several rows of an image are several samples, all on the same side of the split."""
     source = open_source(several_rows(kind, tmp_path / "data"))
     cache = CodeStore(build(source, tmp_path / "cache"))
     same = cache.same_images()
@@ -71,8 +71,8 @@ def test_rows_of_one_image_are_held_out_together(kind, tmp_path):
         split_indices(15, 11, 0, same)
 
 
-def test_the_split_of_different_images_is_what_it_was():
-    """Case 12: without repeats, nothing changes."""
+def test_the_split_of_different_images_has_not_changed():
+    """Case 12: without repeated images, the split is the same as before."""
     for n, held in ((20, 1), (100, 37)):
         for a, b in zip(
             split_indices(n, held, 3), split_indices(n, held, 3, torch.arange(n)), strict=True
@@ -88,7 +88,9 @@ def sidecars(folder, count=2):
 
 
 def test_classes_named_as_splits(tmp_path):
-    """Case 13: train beside bus is a class, beside val a split. What is left out is named."""
+    """Case 13: a folder named train is a class next to bus, but a split next to val. What is left
+    out is reported.
+    """
     for name in ("bus", "train", "cat"):
         sidecars(tmp_path / "cl" / name)
     source = open_source(tmp_path / "cl")
@@ -115,7 +117,7 @@ def test_classes_named_as_splits(tmp_path):
 
 
 def test_splits_that_a_user_may_not_mean(tmp_path):
-    """Case 13: folders that have the names of splits and are used all the same are reported."""
+    """Case 13: folders that are named like splits but are used all the same are reported."""
     for name in ("no_train/val", "no_train/test", "classes/test", "classes/dog"):
         sidecars(tmp_path / name)
     source = open_source(tmp_path / "no_train")
@@ -132,8 +134,10 @@ def test_splits_that_a_user_may_not_mean(tmp_path):
     assert open_source(tmp_path / "one")[0].key == "dog/0.png"
 
 
-def test_a_picture_beside_splits(tmp_path):
-    """Case 13: it makes one data set of all of them, the test set too: said, with the reason."""
+def test_an_image_beside_splits(tmp_path):
+    """Case 13: one image next to splits makes them all one data set, the test set too; this is
+    reported with its reason.
+    """
     for name in ("train", "test"):
         sidecars(tmp_path / name)
     assert open_source(tmp_path).length == 2
@@ -153,7 +157,9 @@ def test_a_picture_beside_splits(tmp_path):
 
 
 def test_metadata_that_is_not_read_is_named(tmp_path):
-    """Case 13: a metadata.csv beside sidecar captions, which the datasets library would take."""
+    """Case 13: a metadata.csv next to sidecar captions, which the datasets library would have
+    used.
+    """
     sidecars(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,another\n")
     (tmp_path / "0.json").write_text("{}")
@@ -162,7 +168,7 @@ def test_metadata_that_is_not_read_is_named(tmp_path):
     ]
 
 
-def test_folders_that_are_passed_over(tmp_path):
+def test_ignored_folders_are_reported(tmp_path):
     """Case 13: hidden folders with images, and images that metadata.jsonl does not name."""
     sidecars(tmp_path)
     sidecars(tmp_path / ".ipynb_checkpoints")
@@ -184,7 +190,7 @@ def test_folders_that_are_passed_over(tmp_path):
 
 # -- 17: names in tars -----------------------------------------------------------------------------
 def test_repeated_names_in_a_tar(tmp_path):
-    """Case 17: both samples are kept, and named."""
+    """Case 17: both samples are kept and reported."""
     write_members(
         tmp_path / "0.tar",
         [("a.png", png(0)), ("a.txt", "x"), ("a.png", png(1)), ("a.txt", "y"), ("b.c.png", png(2))],
@@ -203,7 +209,7 @@ def test_repeated_names_in_a_tar(tmp_path):
 
 
 def write_members(path, members):
-    """A tar whose names may repeat."""
+    """Write a tar whose names may repeat."""
     import io
     import tarfile
 
@@ -216,7 +222,7 @@ def write_members(path, members):
 
 
 # -- 18: links and names ---------------------------------------------------------------------------
-def test_odd_files_are_passed_over_by_name(tmp_path):
+def test_odd_files_are_left_out_and_named(tmp_path):
     """Case 18: broken links, loops, pipes, sockets, names that are not text, empty files."""
     data = tmp_path / "data"
     sidecars(data, 1)
@@ -252,8 +258,8 @@ def test_odd_files_are_passed_over_by_name(tmp_path):
     print(report["lines"])  # can be printed
 
 
-def test_pipes_that_are_named_do_not_hang(tmp_path):
-    """Case 18: by a row of metadata.jsonl, and as the data set itself."""
+def test_named_pipes_do_not_hang(tmp_path):
+    """Case 18: named by a row of metadata.jsonl, or given as the data set."""
     os.mkfifo(tmp_path / "p.tar")
     write_images(tmp_path / "data", 1)
     os.mkfifo(tmp_path / "data" / "pipe.png")
@@ -267,7 +273,7 @@ def test_pipes_that_are_named_do_not_hang(tmp_path):
 
 
 def test_empty_and_broken_tars_among_others(tmp_path):
-    """Case 18: an empty file and a link to nowhere cost themselves only."""
+    """Case 18: an empty file and a dangling link are left out, and nothing else."""
     write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.txt": "x"})
     (tmp_path / "1.TAR").touch()
     (tmp_path / "2.tar").symlink_to("/gone")
@@ -278,7 +284,7 @@ def test_empty_and_broken_tars_among_others(tmp_path):
 
 
 def test_a_cache_hit_reports_the_files_of_today(tmp_path):
-    """Case 18: what lies beside the samples is not part of the key, but of the report."""
+    """Case 18: other files next to the samples are not part of the key, but of the report."""
     data = make("sidecar", tmp_path / "data")
     folder = build(open_source(data), tmp_path / "cache")
     assert CodeStore(folder).manifest["report"]["lines"] == []
@@ -291,7 +297,9 @@ def test_a_cache_hit_reports_the_files_of_today(tmp_path):
 @pytest.mark.parametrize("what", ["missing", "cut"])
 @pytest.mark.parametrize("suffix", ["safetensors", "jsonl"])
 def test_a_damaged_shard_says_what_to_do(tmp_path, what, suffix):
-    """A full disk or a clean-up: it was a RuntimeError of a view, or FileNotFoundError alone."""
+    """After a full disk or a clean-up: it used to be a RuntimeError about a view, or a
+    FileNotFoundError.
+    """
     folder = build(open_source(make("sidecar", tmp_path / "data")), tmp_path / "cache")
     path = folder / f"shard_00000.{suffix}"
     if what == "missing":
@@ -302,13 +310,13 @@ def test_a_damaged_shard_says_what_to_do(tmp_path, what, suffix):
     message = rf"{path.name} is missing or damaged .*Delete {folder} and start again"
     with pytest.raises(UserError, match=message):
         _ = store.codes([0]) if suffix == "safetensors" else store.condition(0)
-    (tmp_path / "data" / "zz.png").symlink_to("/gone")  # so that the report is made again
+    (tmp_path / "data" / "zz.png").symlink_to("/gone")  # so that the report is remade
     build(open_source(tmp_path / "data"), tmp_path / "cache")
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", "{", "", '{"key": {"format": 3}}'])
 def test_a_damaged_manifest_says_what_to_do(tmp_path, content):
-    """A traceback, or the advice to copy it again."""
+    """It used to be a traceback, or the advice to copy it again."""
     source = open_source(make("sidecar", tmp_path / "data"))
     folder = build(source, tmp_path / "cache")
     (folder / "manifest.json").write_text(content)
@@ -320,7 +328,7 @@ def test_a_damaged_manifest_says_what_to_do(tmp_path, content):
 
 
 def test_shards_of_six_digits_keep_their_order(tmp_path):
-    """Where the report is made again, the samples changed places: 100000 sorts before 99999."""
+    """Remaking the report used to reorder the samples: 100000 sorts before 99999 as text."""
     source = open_source(make("sidecar", tmp_path / "data"))
     folder = build(source, tmp_path / "cache", shard_size=2)
     before = CodeStore(folder).codes([0, 1, 2])
@@ -334,7 +342,7 @@ def test_shards_of_six_digits_keep_their_order(tmp_path):
 
 # -- 28 --------------------------------------------------------------------------------------------
 def test_small_images_say_what_is_wanted(tmp_path):
-    """Case 28: the size, and the option."""
+    """Case 28: the message names the size and the option."""
     sidecars(tmp_path)
     Image.new("RGB", (9, 7)).save(tmp_path / "0.png")
     said = survey_source(open_source(tmp_path), rules=ImageRules(8))[0].describe()
@@ -345,7 +353,9 @@ def test_small_images_say_what_is_wanted(tmp_path):
 
 
 def test_metadata_of_another_encoding_is_named(tmp_path):
-    """UTF-16, as some editors save it: "not JSON: codec can't decode byte 0x00"."""
+    """For UTF-16, which some editors save, it used to be "not JSON: codec can't decode byte
+    0x00".
+    """
     write_images(tmp_path)
     rows = "".join(f'{{"file_name": "{i}.png", "text": "café"}}\n' for i in range(3))
     path = tmp_path / "metadata.jsonl"
@@ -357,15 +367,15 @@ def test_metadata_of_another_encoding_is_named(tmp_path):
     assert len(list(open_source(tmp_path))) == 3
 
 
-def test_a_table_of_text_is_told_what_is_read(tmp_path):
-    """It was sent to the folder of the images, which sent it back."""
+def test_a_text_table_gets_a_message_about_tables(tmp_path):
+    """The message used to point to the folder of images, whose message pointed back."""
     (tmp_path / "a.csv").write_text("file_name,text\n0.png,a dog\n")
     with pytest.raises(UserError, match=r'neither .parquet nor .tar. .*"metadata.jsonl" with one'):
         open_source(tmp_path / "a.csv")
 
 
 def test_long_names_are_cut_in_reports(tmp_path):
-    """A table may name a file of any length, which filled the screen."""
+    """A table may name a file of any length, which used to fill the screen."""
     write_images(tmp_path)
     write_metadata(tmp_path, [{"file_name": "x" * 5000, "text": "a"}])
     said = survey_source(open_source(tmp_path), rules=ImageRules(8))[0].describe()
@@ -373,17 +383,19 @@ def test_long_names_are_cut_in_reports(tmp_path):
 
 
 def test_pillows_warning_of_large_images_is_not_shown(tmp_path):
-    """A bare DecompressionBombWarning, with a line of Pillow's code, beside the kit's own count."""
+    """A DecompressionBombWarning with a line of Pillow's code used to appear next to the kit's own
+    report.
+    """
     Image.new("1", (9500, 9500)).save(tmp_path / "a.png")
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        cli.run(lambda: None)  # as every program begins
+        cli.run(lambda: None)  # every program starts in this way
         ImageRules(8).load(tmp_path / "a.png")
     assert [str(one.message) for one in shown] == []
 
 
 def test_tars_that_were_joined(tmp_path):
-    """`cat a.tar b.tar`: what lies behind the end of the first one was lost without a word."""
+    """`cat a.tar b.tar`: everything after the end of the first tar used to be lost silently."""
     write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.txt": "x"})
     assert open_source(tmp_path / "0.tar").left_out == []
     joined = tmp_path / "0.tar"
@@ -397,8 +409,8 @@ def test_tars_that_were_joined(tmp_path):
 @pytest.mark.parametrize("decomposed", ["picture", "other"])
 @pytest.mark.parametrize("kind", ["sidecar", "metadata"])
 def test_accents_in_two_spellings(tmp_path, kind, decomposed):
-    """A Mac's disks and zips decompose them: the caption of "é.png" was missing, "é.png" was not
-    in metadata.
+    """Disks and zips of a Mac decompose accents: the caption of "é.png" was missing, and "é.png"
+    was not in metadata.
     """
     names = [unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")]
     picture, other = names if decomposed == "other" else reversed(names)
@@ -413,8 +425,10 @@ def test_accents_in_two_spellings(tmp_path, kind, decomposed):
     assert all(path.exists() for _, path in source.files())
 
 
-def test_a_picture_in_two_formats(tmp_path):
-    """Left by a conversion: a held-out picture is trained on, in other pixels."""
+def test_an_image_in_two_formats(tmp_path):
+    """A conversion can leave a.jpg and a.png: the held-out image would be trained on, with other
+    pixels.
+    """
     sidecars(tmp_path)
     assert open_source(tmp_path).remarks == []
     Image.open(tmp_path / "1.png").convert("RGB").save(tmp_path / "1.jpg")

@@ -1,4 +1,6 @@
-"""Data as users have them, where a file or column that was meant is another one: read, or named."""
+"""Data in the forms that users have, where a file or column other than the expected one is read, or
+reported.
+"""
 
 import json
 
@@ -27,7 +29,9 @@ def captions(source) -> list[list[str]]:
 
 
 def test_captions_named_caption(tmp_path):
-    """As kohya's trainers have them; of two, the .txt counts and the other is named."""
+    """kohya's trainers use .caption files. If there are both, the .txt counts and the other is
+    reported.
+    """
     write_images(tmp_path)
     for name in ("0.caption", "1.CAPTION", "2.caption", "2.txt"):
         (tmp_path / name).write_text(name)
@@ -38,21 +42,23 @@ def test_captions_named_caption(tmp_path):
 
 @pytest.mark.parametrize("name", ["0.json", "0.png.txt", "0.tags"])
 def test_captions_in_other_files(tmp_path, name):
-    """Files of text beside pictures without a caption are named, with what to do."""
+    """Text files next to images without a caption are reported, with what to do."""
     write_images(tmp_path)
     (tmp_path / name).write_text('{"caption": "x"}')
     words = f"{name} is not read; its caption belongs in 0.txt"
     with pytest.raises(UserError, match=words):
         open_source(tmp_path)
     (tmp_path / "1.txt").write_text("a dot")
-    (tmp_path / "1.json").write_text("{}")  # beside one that has a caption: as img2dataset has it
+    (tmp_path / "1.json").write_text("{}")  # next to a caption: img2dataset writes both
     assert open_source(tmp_path).remarks == [
         f"1 text files are next to images that have no caption: {words}"
     ]
 
 
-def test_captions_beside_a_table(tmp_path):
-    """metadata.jsonl wins over .txt files, and a column of splits divides nothing: it is said."""
+def test_captions_next_to_a_table(tmp_path):
+    """metadata.jsonl takes precedence over .txt files, and a column of splits has no effect: both
+    are reported.
+    """
     write_images(tmp_path)
     (tmp_path / "0.txt").write_text("another")
     parts = ("train", "train", "test")
@@ -68,7 +74,9 @@ def test_captions_beside_a_table(tmp_path):
 
 @pytest.mark.parametrize("kind", ["metadata", "parquet"])
 def test_captions_in_a_field(kind, tmp_path):
-    """A column of objects is no column of captions; its fields are offered, in every table."""
+    """A column of objects is not a column of captions; its fields are offered, for every kind of
+    table.
+    """
     texts = [{"en": "a dot", "de": "ein Punkt"}] * 3
     if kind == "metadata":
         write_images(tmp_path)
@@ -81,7 +89,7 @@ def test_captions_in_a_field(kind, tmp_path):
     assert captions(open_source(tmp_path, caption_column="text.de")) == [["ein Punkt"]] * 3
 
 
-def test_a_text_that_is_an_object_once(tmp_path):
+def test_a_text_that_is_an_object_in_one_row(tmp_path):
     write_images(tmp_path)
     texts = ["a dot", {"en": "a dot"}, None]
     write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": t} for i, t in enumerate(texts)])
@@ -90,7 +98,7 @@ def test_a_text_that_is_an_object_once(tmp_path):
 
 @pytest.mark.parametrize("kind", ["metadata", "parquet"])
 def test_absolute_names_of_the_folder_itself(kind, tmp_path):
-    """They lead nowhere else, so that nobody has to allow images outside of it."""
+    """They point into the folder, so images outside it need not be allowed."""
     data = tmp_path / "data"
     write_images(data)
     (tmp_path / "database").mkdir()
@@ -106,14 +114,16 @@ def test_absolute_names_of_the_folder_itself(kind, tmp_path):
     named = [name for name, _ in source.files()]
     assert named[1:] == ["0.png", "1.png", "2.png"]
     assert source.left_out == []
-    # With images outside allowed they are what they were: their names are part of the identity.
+    # With images outside allowed, the identity is the same as before: it includes their names.
     path = data if kind == "metadata" else data / "0.parquet"
     named = [name for name, _ in open_source(path, outside_images=True).files()]
     assert named[1:4] == names[:3]
 
 
 def test_splits_by_other_names(tmp_path):
-    """Training is a train, val2017 a validation; several parts of one split belong together."""
+    """Training is a train split, val2017 a validation split; several parts of one split belong
+    together.
+    """
     for name in ("train2014", "Training", "val2017", "testing"):
         write_images(tmp_path / name, 1)
         (tmp_path / name / "0.txt").write_text(name)
@@ -130,8 +140,8 @@ def test_splits_by_other_names(tmp_path):
     assert captions(open_source(tmp_path / "tars")) == [["training-0"]]
 
 
-def test_a_split_of_classes_that_is_not_there(tmp_path):
-    """Neither its siblings nor the classes themselves are taken for it."""
+def test_a_missing_split_of_classes(tmp_path):
+    """Neither its siblings nor the classes themselves are used instead."""
     for name in ("Train/cat", "Train/dog", "val/cat", "val/dog"):
         (tmp_path / name).mkdir(parents=True)
     assert find_classes(tmp_path, "train") == (tmp_path / "Train", ["cat", "dog"])
@@ -148,7 +158,7 @@ def test_a_split_of_classes_that_is_not_there(tmp_path):
 
 
 def test_dots_in_names_of_a_tar(tmp_path):
-    """Pictures whose name goes on behind its first dot are named, a few of them."""
+    """A few of the images whose name continues after its first dot are named."""
     good = {
         f"{i}.{end}": picture(i) if end == "png" else "x" for i in (0, 1) for end in ("png", "txt")
     }
@@ -163,19 +173,21 @@ def test_dots_in_names_of_a_tar(tmp_path):
     write_tar(
         tmp_path / "0.tar", {"a.left.png": picture(0), "a.right.png": picture(1), "a.txt": "x"}
     )
-    source = open_source(tmp_path, image_column="left.png")  # as WebDataset means it
+    source = open_source(tmp_path, image_column="left.png")  # WebDataset's way to name it
     assert source.length == 1 and source.remarks == []
 
 
-def test_a_caption_whose_name_goes_on_behind_a_dot(tmp_path):
-    """It was offered as a column, accepted, and then no sample had a caption."""
+def test_a_caption_with_a_second_dot_in_its_name(tmp_path):
+    """It used to be offered as a column and accepted, and then no sample had a caption."""
     write_tar(tmp_path / "0.tar", {"a.image.png": picture(0), "a.caption.txt": "x"})
     named = {"image_column": "image.png", "caption_column": "caption.txt"}
     assert captions(open_source(tmp_path, **named)) == [["x"]]
 
 
 def test_two_captions_of_a_tar(tmp_path):
-    """A text and a JSON field that differ: which is read is said, unless it was asked for."""
+    """If a text and a JSON field differ, a remark says which one is read, unless it was asked
+    for.
+    """
     same = {"0.png": picture(0), "0.txt": "x", "0.json": json.dumps({"caption": " x", "n": 1})}
     write_tar(tmp_path / "0.tar", same)
     assert open_source(tmp_path).remarks == []
@@ -195,15 +207,15 @@ def test_options_of_the_hub(tmp_path):
         open_source(tmp_path, revision="v1", config_name="en")
 
 
-def test_a_folder_that_reads_as_an_address(tmp_path):
+def test_a_folder_that_looks_like_an_address(tmp_path):
     folder = tmp_path / "a::b"
     write_parquet(folder / "0.parquet", {"image": image_structs(), "text": ["x"] * 3})
     with pytest.raises(UserError, match=r"a::b/0\.parquet: .* rename"):
         open_source(folder)
 
 
-def test_one_picture_alone_before_the_run(tmp_path):
-    """--check says what training would: rows of one picture are one side of a split."""
+def test_a_single_image_before_the_run(tmp_path):
+    """--check reports it as training would: all rows of one image are on one side of the split."""
     write_metadata(tmp_path / "data", [{"file_name": "a.png", "text": "x"} for _ in range(12)])
     Image.new("RGB", (64, 64)).save(tmp_path / "data" / "a.png")
     options = {"data.source": str(tmp_path / "data"), "data.validation_samples": 2}
@@ -213,7 +225,7 @@ def test_one_picture_alone_before_the_run(tmp_path):
 
 
 def test_what_is_held_out_before_the_run(tmp_path):
-    """--check counted the least number, where copies of a picture make it more."""
+    """--check used to count the minimum, even where copies of an image make it more."""
     options = {"data.source": str(tmp_path / "data"), "data.validation_samples": 2, "epochs": 4}
     options |= {"data.cache_dir": str(tmp_path / "cache"), "run_dir": str(tmp_path / "run")}
     rows = [{"file_name": "a.png" if i < 8 else f"{i}.png", "text": "x"} for i in range(12)]

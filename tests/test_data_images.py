@@ -1,4 +1,4 @@
-"""Every kind of odd image has one defined answer: right pixels, or a skip with its reason."""
+"""Every kind of odd image has a defined result: the right pixels, or a skip with its reason."""
 
 import io
 import struct
@@ -66,7 +66,7 @@ def test_center_crop_halves_with_a_box_filter():
     blocks = np.array(image, dtype=float).reshape(16, 4, 16, 4, 3).mean((1, 3))
     assert (
         np.abs(np.array(center_crop(image, 16)) - blocks).max() <= 2
-    )  # each of four passes rounds
+    )  # each of the four passes rounds
 
 
 def test_center_crop_takes_the_centre():
@@ -102,7 +102,7 @@ def test_file_slices(tmp_path):
 
 
 def test_remote_files(tmp_path):
-    """As a streaming image folder of the hub names its files; file:// stands in for hf://."""
+    """The names that the hub's streaming image folders give; file:// stands in for hf://."""
     (tmp_path / "a.png").write_bytes(encode(Image.new("RGB", (8, 8), "lime")))
     assert open_image(RemoteFile(f"file://{tmp_path}/a.png")).getpixel((0, 0)) == (0, 255, 0)
     assert reason(RemoteFile(f"file://{tmp_path}/b.png")) == "missing"
@@ -129,7 +129,7 @@ def test_16_bit_is_scaled(kind):
 
 
 def tagged(image, **tags):
-    """A TIFF with other values of tags that hold one short number."""
+    """A TIFF in which tags that hold one short number have other values."""
     numbers, data = {"bits": 258, "photometric": 262, "format": 339}, encode(image, "TIFF")
     for name, value in tags.items():
         entry = struct.pack("<HHI", numbers[name], 3, 1)
@@ -138,8 +138,8 @@ def tagged(image, **tags):
     return data
 
 
-def test_tiffs_whose_tags_say_what_the_numbers_mean():
-    """Negatives were read as positives, and the brighter half of unsigned numbers as black."""
+def test_tiff_tags_that_say_what_the_numbers_mean():
+    """Negatives used to be read as positives, and the upper half of unsigned numbers as black."""
     ramp = np.linspace(0, 1, 64).reshape(8, 8)
     grey = np.rint(ramp * 255).astype(np.uint8)[..., None]
     sixteen = Image.fromarray((ramp * 65535).astype(np.uint16))
@@ -155,7 +155,7 @@ def test_tiffs_whose_tags_say_what_the_numbers_mean():
 
 
 def test_a_transparent_value_of_16_bits():
-    """The picture was clipped to white."""
+    """The image used to be clipped to white."""
     values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
     image = Image.fromarray(values)
     opened = np.array(open_image(encode(image, "PNG", transparency=int(values[0, 1]))))
@@ -173,13 +173,13 @@ def test_a_transparent_value_of_16_bits():
     ],
 )
 def test_a_transparent_value_of_few_bits(bits, row, transparent, shown):
-    """As optimisers write line drawings: what was transparent was grey."""
+    """Optimizers write line drawings in this way: transparent pixels used to become grey."""
     data = grey_png(bits, row, len(shown), transparent)
     assert np.array(open_image(data))[0, :, 0].tolist() == shown
 
 
 def grey_png(bits: int, row: bytes, width: int, transparent: int) -> bytes:
-    """One row; Pillow writes none of less than 8 bits."""
+    """A PNG of one row; Pillow cannot write fewer than 8 bits."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         check = zlib.crc32(name + data)
@@ -191,7 +191,7 @@ def grey_png(bits: int, row: bytes, width: int, transparent: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
-def test_grey_scales_that_do_not_say_what_white_is():
+def test_grey_levels_of_unknown_white_are_skipped():
     eight_bit = Image.fromarray(np.full((4, 4), 200, np.int32))
     thirty_two_bit = Image.fromarray(np.full((4, 4), 2**30, np.int32))
     unit_float = Image.fromarray(np.full((4, 4), 0.5, np.float32))
@@ -225,7 +225,7 @@ def test_grey_bilevel_and_opaque_palette():
 
 
 def orient(orientation: int, kind: str = "PNG", **options) -> bytes:
-    """Four grey levels, one a quarter, stored with an EXIF orientation."""
+    """Four grey levels, one per quarter, stored with an EXIF orientation."""
     image = Image.fromarray(np.kron([[0, 80], [160, 240]], np.ones((8, 16))).astype(np.uint8))
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
@@ -246,7 +246,7 @@ def test_exif_orientation_is_applied(kind, orientation):
 def test_a_damaged_exif_tag_does_not_cost_the_image():
     data = bytearray(orient(6, "JPEG"))
     model = data.index(b"\x01\x10\x00\x02", data.index(b"Exif"))
-    data[model + 1] = 1  # the name of the camera now claims to be the height of the image
+    data[model + 1] = 1  # the tag of the camera's name becomes that of the image height
     with pytest.raises(struct.error):
         ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert open_image(bytes(data)).size == (16, 32)

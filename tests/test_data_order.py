@@ -14,7 +14,7 @@ def test_every_epoch_visits_every_sample_once_in_its_own_order():
 
 
 def test_the_order_is_frozen():
-    """Resuming an old run with a new version of the kit must see the same data."""
+    """A newer version of the kit must resume an old run with the same data."""
     assert [sample_index(p, 10, 0) for p in range(12)] == [1, 8, 6, 9, 2, 0, 4, 5, 3, 7, 3, 8]
 
 
@@ -25,7 +25,7 @@ def test_the_held_out_split_is_fixed_and_disjoint():
     assert torch.equal(validation, split_indices(100, 20, seed=1)[1])
     assert validation.tolist() == sorted(validation.tolist())
     assert not torch.equal(validation, split_indices(100, 20, seed=2)[1])
-    # A longer validation set holds the shorter one.
+    # A longer validation set contains the shorter one.
     assert set(validation.tolist()) < set(split_indices(100, 30, seed=1)[1].tolist())
     assert len(split_indices(5, 0, seed=0)[0]) == 5
     with pytest.raises(ValueError, match="cannot hold out 5 of 5"):

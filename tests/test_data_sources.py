@@ -1,4 +1,4 @@
-"""Every kind of source gives the same samples; what is wrong with a source is one clear message."""
+"""Every kind of source gives the same samples, and every fault of a source one clear message."""
 
 import gc
 import io
@@ -57,7 +57,7 @@ def image_structs(count=3):
 
 
 def levels(source) -> list[float | str]:
-    """The red level of each image (or why it is skipped), through the real loader."""
+    """The red level of each image (or the reason why it is skipped), through the real loader."""
     results = [load_sample(sample, ImageRules(8)) for sample in source]
     return [
         r.reason if isinstance(r, SkipSample) else round((float(r[0, 0, 0, 0]) + 1) * 127.5)
@@ -73,7 +73,7 @@ def private_datasets_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The hub, played by a local parquet file: records how it was asked."""
+    """Replaces the hub by a local parquet file, and records what it was asked."""
     write_parquet(tmp_path / "hub.parquet", {"image": image_structs(), "text": CAPTIONS})
     real, asked = datasets.load_dataset_builder, {}
 
@@ -88,7 +88,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def make(kind: str, folder):
-    """A source of three images and captions; returns what to hand to open_source."""
+    """Make a source of three images and captions; returns the arguments for open_source."""
     if kind == "metadata":
         write_images(folder / "images")
         rows = [{"file_name": f"images/{i}.png", "text": c} for i, c in enumerate(CAPTIONS)]
@@ -154,7 +154,7 @@ def test_captions_lists_and_unusable_values(tmp_path):
 
 
 def test_metadata_traps(tmp_path):
-    """A listed image may not exist, an existing one may not be listed: both are named."""
+    """A listed image may be missing, an existing one may not be listed: both are reported."""
     write_images(tmp_path / "sub", 3)
     rows = [{"file_name": "./0.png", "text": "zero"}, {"file_name": "gone.png", "text": "gone"}]
     write_metadata(tmp_path / "sub", [*rows, {"text": "no name"}])
@@ -164,7 +164,7 @@ def test_metadata_traps(tmp_path):
     assert source.left_out == [("sub/1.png", "not in metadata"), ("sub/2.png", "not in metadata")]
 
 
-def test_a_misnamed_metadata_file_is_pointed_out(tmp_path):
+def test_a_misnamed_metadata_file_is_reported(tmp_path):
     write_images(tmp_path)
     write_metadata(tmp_path, [{"file_name": "0.png", "text": "x"}], "metadata.json1")
     with pytest.raises(ValueError, match=r"no captions.*metadata\.jsonl.*metadata\.json1"):
@@ -223,7 +223,9 @@ def test_sidecar_captions(tmp_path):
 
 
 def test_tar_traps(tmp_path):
-    """Captionless first samples, mixed formats, broken json and a cut archive: all defined."""
+    """A first sample without a caption, mixed formats, broken JSON and a truncated archive all have
+    a defined result.
+    """
     members = {
         "x/0.png": png(0),
         "x/1.PNG": png(1),
@@ -241,7 +243,7 @@ def test_tar_traps(tmp_path):
     assert levels(source) == ["no caption", 1, "corrupt", "missing", "caption is not UTF-8"]
     write_tar(tmp_path / "1.tar", {f"{i}.{kind}": png(i) for i in range(9) for kind in ("png",)})
     whole = (tmp_path / "1.tar").read_bytes()
-    for cut, length in ((4 * 1024, 9), (4 * 1024 + 512, 10)):  # between members, and inside one
+    for cut, length in ((4 * 1024, 9), (4 * 1024 + 512, 10)):  # between two members, and inside one
         (tmp_path / "1.tar").write_bytes(whole[:cut])
         source = open_source(tmp_path)
         assert source.left_out == [("1.tar", "truncated archive")]
@@ -249,7 +251,7 @@ def test_tar_traps(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_tars(tmp_path):
-    """An index of all of them took 1 kB a sample, of every process, as long as the run."""
+    """An index of all tars would take 1 kB per sample in every process, for the whole run."""
     held = {}
     for tars in (8, 40):
         for number in range(tars):
@@ -306,7 +308,7 @@ def test_parquet_traps(tmp_path):
     for streaming in (False, True):
         with pytest.raises(ValueError, match=r"0\.parquet holds no rows"):
             open_source(tmp_path / "0.parquet", streaming=streaming)
-    # An empty part beside others, which the library cannot read.
+    # An empty part among others, which the library cannot read.
     write_parquet(tmp_path / "1.parquet", {"image": image_structs(2), "text": ["a", "b"]})
     for streaming in (False, True):
         assert levels(open_source(f"{tmp_path}/*.parquet", streaming=streaming)) == [0, 1]
@@ -314,7 +316,7 @@ def test_parquet_traps(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_typed_image_columns_are_not_decoded(tmp_path, streaming):
-    """Files written by the datasets library would be decoded, and a bad image would raise."""
+    """In files written by the datasets library they would be, and a bad image would raise."""
     features = datasets.Features(
         photo=datasets.Image(), text=datasets.Value("string"), mask=datasets.Value("string")
     )
@@ -360,8 +362,8 @@ def test_hub_options_and_identity(hub):
     assert source.identity["columns"] == ["image", "text"]
 
 
-def test_pictures_that_are_not_read_are_named(tmp_path):
-    """Photos of phones lay beside the others and were gone without a word."""
+def test_image_formats_that_are_not_read_are_reported(tmp_path):
+    """Photos in a phone's format, next to others, used to be left out silently."""
     folder = make("sidecar", tmp_path / "data")
     (folder / "3.HEIC").write_bytes(b"ftypheic")
     source = open_source(folder)
@@ -376,7 +378,7 @@ def test_pictures_that_are_not_read_are_named(tmp_path):
         open_source(other / name)
 
 
-def test_nothing_there(tmp_path, monkeypatch):
+def test_missing_and_empty_sources(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.md").write_text("x")
     with pytest.raises(ValueError, match="holds no images, no parquet files and no tars"):
@@ -388,7 +390,7 @@ def test_nothing_there(tmp_path, monkeypatch):
         open_source(tmp_path / "note.md")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
-        open_source("empty/typo")  # looks like a hub id, but the folder is here
+        open_source("empty/typo")  # looks like a hub id, but the folder exists
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"somebody/nothing.*could not open"):
         open_source("somebody/nothing")

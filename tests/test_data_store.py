@@ -1,4 +1,4 @@
-"""The store of codes: content, resume after a kill, several ranks, the key, the report."""
+"""The store of codes: content, resuming after a kill, several processes, the key, the report."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ WIDTH = 4  # of the text features
 
 
 def encode_images(pixels):
-    """Codes [B, 2, 1]: red and green level of the first pixel."""
+    """Codes [B, 2, 1]: the red and green level of the first pixel."""
     return ((pixels[:, :2, 0, 0, None] + 1) * 127.5).round().long()
 
 
@@ -50,7 +50,7 @@ class Encoder:
 
 
 class ListSource(Source):
-    """PIL images of increasing red level; `stream` hides the length and the random access."""
+    """PIL images of increasing red level; `stream` hides the length and random access."""
 
     def __init__(self, samples, stream=False):
         super().__init__("list", {"n": len(samples)}, None if stream else len(samples))
@@ -77,7 +77,7 @@ def report_of(folder) -> dict:
 
 
 def build(samples_or_source, folder, *, expected_key=None, processes=ALONE, **changes):
-    """The store of samples as `Encoding` with these changes makes it."""
+    """The store of samples for this `Encoding` with changes."""
     source = samples_or_source
     if not isinstance(source, Source):
         source = ListSource(source)
@@ -92,7 +92,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_content(tmp_path):
+def test_the_content_of_a_store(tmp_path):
     store = CodeStore(build(make_samples(), tmp_path))
     kept = [0, 1, 3, 4, 5, 6, 8, 9]
     assert len(store) == 8
@@ -207,7 +207,9 @@ def test_a_kill_while_a_shard_is_written_leaves_no_shard(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dies_at", range(1, 11))
 def test_resume_after_a_kill_while_writing(tmp_path, monkeypatch, dies_at):
-    """Ten files take their names: source, lines and tensors of three shards, report, manifest."""
+    """Ten files get their final names: source, lines and tensors of three shards, report, manifest.
+    One of these renames is interrupted.
+    """
     whole, replace, calls = build(make_samples(), tmp_path / "whole"), os.replace, []
 
     def replace_or_die(*names):
@@ -220,7 +222,7 @@ def test_resume_after_a_kill_while_writing(tmp_path, monkeypatch, dies_at):
         patch.setattr(os, "replace", replace_or_die)
         build(make_samples(), tmp_path / "killed")
     (folder,) = (tmp_path / "killed").iterdir()
-    (folder / "shard_00000.safetensors.01234567.tmp").touch()  # as SIGKILL would leave it
+    (folder / "shard_00000.safetensors.01234567.tmp").touch()  # left by SIGKILL
     rest = Encoder()
     assert build(make_samples(), tmp_path / "killed", images=rest) == folder
     assert rest.seen == [8, 5, 2, 0, 0, 0][(dies_at - 2) // 2 if dies_at > 1 else 0]
@@ -248,8 +250,8 @@ def test_a_missing_rank_is_noticed(tmp_path):
         build(make_samples(), tmp_path, processes=Processes(0, 2, patience=0.1))
     rest = Encoder()
     folder = build(make_samples(), tmp_path, images=rest)
-    assert rest.seen == 3, "the shard of the process that was not there"
-    (folder / "manifest.json").unlink()  # as where the main process stopped before it
+    assert rest.seen == 3, "the shard of the missing process"
+    (folder / "manifest.json").unlink()  # as if the main process had stopped before writing it
     with pytest.raises(TimeoutError, match=r"manifest\.json"):
         build(make_samples(), tmp_path, processes=Processes(1, 2, patience=0.1))
 
@@ -271,7 +273,7 @@ def test_the_batch_size_does_not_matter(tmp_path):
         {"captions": None},
     ],
 )
-def test_the_folder_follows_what_the_content_depends_on(tmp_path, change):
+def test_the_folder_depends_on_everything_the_content_depends_on(tmp_path, change):
     assert build(make_samples(), tmp_path) != build(make_samples(), tmp_path, **change)
     assert build(make_samples(), tmp_path) != build(make_samples(9), tmp_path)
 
@@ -334,8 +336,9 @@ def test_nothing_usable(tmp_path):
 
 # -- many shards -----------------------------------------------------------------------------------
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path, monkeypatch):
-    """A store of a hundred million images has 97,657 shards: all open, with their captions, they
-    fit into no process. What is held is the manifest's line of each, and a bounded number of them.
+    """A store of a hundred million images has 97,657 shards: open all at once, with their captions,
+    they would not fit into memory. Kept are the manifest's line of each, and a bounded number of
+    open ones.
     """
     monkeypatch.setattr(store, "_OPEN_SHARDS", 4)
     held = {}
@@ -361,9 +364,9 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path, monkeypatch):
     assert held[40] - held[8] < 32 * 2000, "a shard's four captions alone have 8,000 characters"
 
 
-def test_any_step_of_many_shards_can_be_begun_with(tmp_path, monkeypatch):
-    """Order and resume: what is read from step 3 on, by a new process, is what one that began at
-    step 0 reads, and two ranks read the same between them; with more shards than stay open.
+def test_reading_can_begin_at_any_step(tmp_path, monkeypatch):
+    """Resuming: what a new process reads from step 3 on equals what one that began at step 0 reads
+    there, and two processes read the same between them; with more shards than stay open.
     """
     monkeypatch.setattr(store, "_OPEN_SHARDS", 3)
     folder = build(long_captions(48), tmp_path / "cache")
@@ -384,7 +387,7 @@ def test_any_step_of_many_shards_can_be_begun_with(tmp_path, monkeypatch):
     assert epochs[0] != epochs[1]
 
 
-def test_a_caption_or_a_name_that_looks_like_a_reason_is_no_skipped_sample(tmp_path):
+def test_a_caption_or_name_that_looks_like_a_reason_is_not_a_skip(tmp_path):
     samples = make_samples(4, skipped=(2,))
     samples[1] = Sample(1, '"reason":', samples[1].image, ['"reason": it says', "reason"])
     opened = CodeStore(build(samples, tmp_path))

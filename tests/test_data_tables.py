@@ -1,4 +1,6 @@
-"""Parquet files and tars as users have them: replaced, oddly named, with texts that are no text."""
+"""Parquet files and tars as users have them: replaced, oddly named, with texts that are not
+text.
+"""
 
 import json
 import os
@@ -25,14 +27,14 @@ STREAMED_OR_NOT = pytest.mark.parametrize("streaming", [False, True])
 
 
 def not_text(values: list[bytes]) -> pa.Array:
-    """Bytes that a file calls strings, as writers do that do not look."""
+    """Bytes declared as a string, which careless writers produce."""
     return pa.array(values, pa.binary()).view(pa.string())
 
 
 @STREAMED_OR_NOT
-def test_a_replaced_parquet_file_is_read_anew(tmp_path, streaming):
-    """With the old path and date, as `cp -p` and rsync leave it; the library's copy held the old
-    rows, which went into a cache under the new content's key.
+def test_a_replaced_parquet_file_is_read_again(tmp_path, streaming):
+    """With the old path and date, as `cp -p` and rsync leave it, the library's copy with the old
+    rows used to go into a cache under the new content's key.
     """
     path = tmp_path / "data" / "0.parquet"
     for captions in (CAPTIONS, ["x", "y", "z"]):
@@ -44,8 +46,10 @@ def test_a_replaced_parquet_file_is_read_anew(tmp_path, streaming):
 
 @STREAMED_OR_NOT
 @pytest.mark.parametrize("bad", [0, 1])
-def test_a_caption_that_is_no_text_costs_its_row(tmp_path, streaming, bad):
-    """A stream ended there, at each start again; in the first row neither kind could be opened."""
+def test_a_caption_that_is_not_text_loses_only_its_row(tmp_path, streaming, bad):
+    """A stream used to end there, after every restart again; in the first row, it could not even be
+    opened.
+    """
     texts = [b"a", b"b", b"c"]
     texts[bad] = b"\xff\xfe"
     columns = {"image": pa.array(image_structs()), "text": not_text(texts)}
@@ -57,8 +61,8 @@ def test_a_caption_that_is_no_text_costs_its_row(tmp_path, streaming, bad):
 
 
 @STREAMED_OR_NOT
-def test_texts_that_are_no_text_inside_of_others(tmp_path, streaming):
-    """A field of a caption, one of several captions, and the name of a picture."""
+def test_nested_texts_that_are_not_text(tmp_path, streaming):
+    """In a field of a caption, one of several captions, or the name of an image."""
     texts = not_text([b"\xff", b"b", b"c"])
     columns = {
         "image": pa.array(image_structs()),
@@ -79,14 +83,16 @@ def test_texts_that_are_no_text_inside_of_others(tmp_path, streaming):
 @STREAMED_OR_NOT
 @pytest.mark.parametrize("name", ["my[1]data", "what?*", "50%20 a"])
 def test_parquet_in_oddly_named_folders(tmp_path, streaming, name):
-    """The library takes a path for a pattern."""
+    """The library would take such a path for a pattern."""
     write_parquet(tmp_path / name / "0.parquet", {"image": image_structs(), "text": CAPTIONS})
     assert levels(open_source(tmp_path / name, streaming=streaming)) == [0, 1, 2]
 
 
 @STREAMED_OR_NOT
 def test_parquet_files_with_other_columns(tmp_path, streaming):
-    """A stream broke at the first row of such a file, in mid-run; otherwise dumped schemas."""
+    """A stream used to break at the first row of such a file, in mid-run; otherwise the message was
+    a dump of schemas.
+    """
     rows = {"image": image_structs(), "text": CAPTIONS}
     write_parquet(tmp_path / "0.parquet", rows)
     write_parquet(tmp_path / "1.parquet", {"text": CAPTIONS, "image": image_structs()})
@@ -98,8 +104,8 @@ def test_parquet_files_with_other_columns(tmp_path, streaming):
             open_source(given, streaming=streaming)
 
 
-def test_a_saved_data_set_is_told_how_to_be_read(tmp_path):
-    """What `save_to_disk` writes is Arrow; the advice works."""
+def test_the_message_about_a_saved_data_set(tmp_path):
+    """`save_to_disk` writes Arrow files; the advice of the message works."""
     images = [{"bytes": png(i), "path": None} for i in range(3)]
     data = datasets.Dataset.from_dict({"image": images, "text": CAPTIONS})
     data = data.cast_column("image", datasets.Image())
@@ -114,7 +120,7 @@ def test_a_saved_data_set_is_told_how_to_be_read(tmp_path):
 
 # -- tars ------------------------------------------------------------------------------------------
 def test_the_first_json_of_a_tar_may_lack_the_caption(tmp_path, monkeypatch):
-    """There was no way in: the columns were those of the first one, also for a given name."""
+    """The columns used to be those of the first JSON, so no other could be given."""
     members = {}
     for i, fields in enumerate([{"url": "x"}, {"caption": "b"}, {"caption": "c", "long": "d"}]):
         members |= {f"{i}.png": png(i), f"{i}.json": json.dumps(fields)}
@@ -123,12 +129,14 @@ def test_the_first_json_of_a_tar_may_lack_the_caption(tmp_path, monkeypatch):
     assert levels(open_source(tmp_path, caption_column="json.long")) == ["no caption"] * 2 + [2]
     with pytest.raises(UserError, match=r"no column 'json\.longer'.*json\.caption, json\.long"):
         open_source(tmp_path, caption_column="json.longer")
-    monkeypatch.setattr(tars, "_ASKED", 2)  # what comes later has not been seen
+    monkeypatch.setattr(tars, "_ASKED", 2)  # later samples are not examined
     assert levels(open_source(tmp_path, caption_column="json.long"))[2] == 2
 
 
-def test_a_tar_whose_pictures_and_texts_are_apart(tmp_path):
-    """It was "4 missing, 4 no caption", without a word of what a tar must be like."""
+def test_a_tar_whose_images_and_texts_are_apart(tmp_path):
+    """The message used to be "4 missing, 4 no caption", without saying how a tar must be
+    organized.
+    """
     members = {f"{i}.png": png(i) for i in range(4)} | {f"{i}.txt": "x" for i in range(4)}
     write_tar(tmp_path / "0.tar", members)
     (remark,) = open_source(tmp_path).remarks

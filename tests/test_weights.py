@@ -196,7 +196,7 @@ def test_files_without_a_state_dict_are_refused(tmp_path, content):
 @pytest.mark.parametrize("nest", [lambda weights: weights, lambda weights: {"model": weights}])
 def test_an_entry_that_is_not_a_weight_is_named(tmp_path, weights, nest):
     torch.save(nest({**weights, "epoch": 3, "version": "1.0"}), tmp_path / "x.pt")
-    with pytest.raises(UserError, match=r"what is none: 'epoch', 'version'; save the weights"):
+    with pytest.raises(UserError, match=r"not weights: 'epoch', 'version'; save the weights"):
         read_state_dict(tmp_path / "x.pt")
 
 

@@ -59,15 +59,15 @@ def stored_data_key(config: TrainConfig) -> str | None:
 
 
 def refuse_changed_files(config: TrainConfig, source: Source | None) -> None:
-    """UserError if the captioned images of a run that is to go on are not what it began with; as
-    far as a look tells: `build_store` knows it surely.
+    """UserError if the captioned images of a run to resume have changed, as far as a quick check can
+    tell: `build_store` makes sure.
     """
     key = stored_data_key(config)
     changes = source and key and changed_files(source, config.data.cache_dir, key)
     if source and changes:
         raise UserError(
             f"cannot resume: the data set has changed since the run was started ({source.name}: "
-            f"{changes}); put it back, or start a new run_dir"
+            f"{changes}). Restore the data, or start with a new run_dir"
         )
 
 
