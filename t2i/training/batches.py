@@ -59,7 +59,7 @@ def stored_data_key(config: TrainConfig) -> str | None:
 
 
 def refuse_changed_files(config: TrainConfig, source: Source | None) -> None:
-    """UserError if the captioned images of a run to resume have changed, as far as a quick check can
+    """UserError if the captioned images of a resumed run have changed, as far as a quick check can
     tell: `build_store` makes sure.
     """
     key = stored_data_key(config)
