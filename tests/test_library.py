@@ -1,4 +1,4 @@
-"""Case 24: what a notebook user types, and is told."""
+"""Case 24: the library as used in a notebook: names, error messages, reprs, devices, scores."""
 
 import inspect
 
@@ -27,7 +27,7 @@ def model():
     return t2i.attach(tiny_llamagen("class"), t2i.presets.iclr2026(k=3))
 
 
-def test_every_name_is_listed_and_found():
+def test_every_public_name_is_listed_and_exists():
     assert set(t2i.__all__) <= set(dir(t2i)) and "__version__" in dir(t2i)
     assert all(getattr(t2i, name) is not None for name in t2i.__all__)
     for name in ("generate", "from_pretrained", "load_model", "load_backbone", "attach", "grid"):
@@ -39,7 +39,7 @@ def test_every_name_is_listed_and_found():
         t2i.nothing  # noqa: B018
 
 
-def test_of_thousands_of_prompts_those_read_in_part_are_not_all_listed(caplog):
+def test_warnings_of_partly_read_prompts_are_limited(caplog):
     backbone = t2i.load_backbone("llamagen", "shapes")
     most = generation._MOST_WARNINGS
     prompts = [f"a red circle zebra{i}" for i in range(most + 5)]
@@ -54,7 +54,7 @@ def test_of_thousands_of_prompts_those_read_in_part_are_not_all_listed(caplog):
     ]
 
 
-def test_a_typing_mistake_speaks_of_the_function_that_was_called(model):
+def test_an_unknown_argument_names_the_called_function(model):
     with pytest.raises(TypeError, match=r"generate\(\) got an unexpected keyword argument 'typo'"):
         t2i.generate(model, [1], typo=1)
 
@@ -72,13 +72,13 @@ def test_a_typing_mistake_speaks_of_the_function_that_was_called(model):
         ((None, ["1"]), {}, "class label '1' at position 0"),
     ],
 )
-def test_generate_says_what_it_needs(model, arguments, options, message):
+def test_generate_refuses_bad_arguments(model, arguments, options, message):
     given, prompts = arguments
     with pytest.raises(t2i.UserError, match=message):
         t2i.generate(given or model, prompts, progress=False, **options)
 
 
-def test_generate_with_a_backbone_or_without_captions():
+def test_generate_refuses_a_backbone_and_labels_for_captions():
     with pytest.raises(t2i.UserError, match=r"t2i.attach\(backbone, t2i.presets.base\(\)\)"):
         t2i.generate(tiny_rar(), [1])
     captions = t2i.attach(tiny_llamagen("text"), t2i.presets.base())
@@ -99,12 +99,12 @@ def test_generate_with_a_backbone_or_without_captions():
         (lambda: t2i.from_pretrained("shapes"), "does not exist"),
     ],
 )
-def test_loaders_say_what_they_need(call, message):
+def test_loaders_refuse_bad_arguments(call, message):
     with pytest.raises(t2i.UserError, match=message):
         call()
 
 
-def test_one_line_says_what_a_model_is(model):
+def test_repr_describes_a_model_in_one_line(model):
     codec, gpt = (
         sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.codec, model.backbone)
     )
@@ -122,7 +122,7 @@ def test_one_line_says_what_a_model_is(model):
 
 @pytest.mark.parametrize("make", [lambda: tiny_llamagen("class"), tiny_rar, tiny_open_magvit2])
 def test_peft_loads_adapters_with_image_layers(make, tmp_path):
-    """Case 9: of every family; Janus' on transformers' own model is in test_janus_training.py."""
+    """Case 9. Janus adapters on transformers' own model are tested in test_janus_training.py."""
     ours, theirs = make(), make()
     add_lora(ours, LoRAConfig(rank=2))
     codes = torch.arange(8).view(2, 4, 1).expand(-1, -1, len(ours.spec.subvocabs))
@@ -153,8 +153,8 @@ def test_repr_of_a_checkpoint_says_what_was_trained(shapes_ckpt):
     assert "k=4" in text and "trained: codec" in text and "\n" not in text and len(text) < 200
 
 
-# -- where and in what type ------------------------------------------------------------------------
-def test_the_machine_decides(monkeypatch):
+# -- device and dtype ------------------------------------------------------------------------------
+def test_the_machine_decides_device_and_dtype(monkeypatch):
     assert pick_device() == (torch.device("cpu"), torch.float32)
     assert pick_device("cpu", "bfloat16") == pick_device(torch.device("cpu"), torch.bfloat16)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -169,8 +169,8 @@ def test_the_machine_decides(monkeypatch):
     assert placed["device"] == torch.device("cuda") and placed["dtype"] == torch.bfloat16
 
 
-def test_no_gpu_is_said(monkeypatch):
-    """Case 28: not what is allowed, but that none was found."""
+def test_a_missing_gpu_is_reported(monkeypatch):
+    """Case 28: the message says that no GPU was found, not just which values are allowed."""
     with pytest.raises(t2i.UserError, match="PyTorch found no GPU on this machine"):
         pick_device("cuda")
     monkeypatch.setattr("torch.version.cuda", None)
@@ -184,7 +184,7 @@ def test_no_gpu_is_said(monkeypatch):
 
 
 # -- pictures --------------------------------------------------------------------------------------
-def test_grid():
+def test_grid_makes_a_sheet_and_refuses_bad_arguments():
     images = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
     sheet = t2i.grid(images, cell=128)
     assert sheet.size == (2 * 134 + 6, 2 * 134 + 6) and sheet.getpixel((10, 10)) == (255, 0, 0)
@@ -200,7 +200,7 @@ def test_grid():
             t2i.grid(*arguments, **options)
 
 
-def test_geneval_score_takes_what_has_a_meaning(tmp_path):
+def test_geneval_score_takes_several_forms_of_input(tmp_path):
     from t2i.shapes.shapes_prompts import colors
 
     entry = colors("circle", "red")
@@ -213,7 +213,7 @@ def test_geneval_score_takes_what_has_a_meaning(tmp_path):
         for metadata in ([entry], entry, entry["prompt"], [entry["prompt"]]):
             assert geneval.score(images, metadata, detector) == plain
     grey = geneval.score(np.asarray(image)[..., 0], [entry], detector)
-    assert grey == plain, "one image, not one for each of its rows"
+    assert grey == plain, "a 2-D array is one image, not one image per row"
     official = official_prompts()[0]
     assert geneval._known_prompts()[official["prompt"]] == official
     for images, metadata, message in (
@@ -237,7 +237,7 @@ def test_geneval_score_takes_what_has_a_meaning(tmp_path):
             geneval.score(images, metadata, detector)
 
 
-def test_dpg_score_says_what_it_needs():
+def test_dpg_score_refuses_bad_arguments():
     judge, image = load_answerer("shapes"), Image.new("RGB", (64, 64))
     with pytest.raises(t2i.UserError, match="answer_prompt needs a list of PIL images"):
         answer_prompt(judge, image, [])
