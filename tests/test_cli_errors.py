@@ -477,7 +477,7 @@ def test_a_signal_ends_in_one_line(number, capsys):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the program's handler is removed"
 
 
-def test_an_output_that_takes_no_more_is_no_error(monkeypatch, capfd):
+def test_a_closed_or_full_output_is_no_error(monkeypatch, capfd):
     """The reader may leave, as `| head` does, and the disk may be full. With short output, which is
     buffered, the error occurs only when the program ends.
     """
