@@ -338,9 +338,8 @@ def test_repeated_options_and_nan_are_refused(generate_fails, train_fails):
     twice = generate_fails("--prompt", "a circle", "--prompt", "a square")
     assert "--prompt is given 2 times: give it once, followed by all values" in twice
     assert "--log.prompts is given 2 times" in train_fails("--log.prompts", "a", "--log.prompts=b")
-    assert "steps=0 must" in train_fails(
-        "--steps", 3, "--steps", 0
-    )  # of options with one value, the last counts
+    # Of options with one value, the last counts.
+    assert "steps=0 must" in train_fails("--steps", 3, "--steps", 0)
     assert "sampling.temperature=nan must" in generate_fails(
         "--prompt", "a", "--temperature", "nan"
     )

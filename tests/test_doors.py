@@ -128,9 +128,7 @@ def test_yaml_builds_no_objects(tmp_path, mark):
 
 
 def test_code_next_to_a_tokenizer_is_not_imported(tmp_path, mark, monkeypatch):
-    """Answering "y" to transformers' question whether to trust the code would import it; it must
-    not be asked.
-    """
+    """Not even if the answer to transformers' question whether to trust the code would be yes."""
     folder = write_tiny_base(tmp_path / "base") / "text_encoder"
     (folder / "own.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
     with edited(folder / "tokenizer_config.json") as settings:

@@ -76,7 +76,7 @@ def images(tmp_path):
 
 
 def test_a_refusal_by_the_main_process_ends_the_others(images, tmp_path):
-    """The others used to wait for the main process for ever, unless a launcher ended them."""
+    """The others used to wait for the main process forever, unless a launcher ended them."""
 
     class Other(Processes):
         def on_main(self, work):

@@ -118,8 +118,10 @@ def test_damaged_or_missing_files_are_refused(tmp_path):
         open_images(tmp_path / "d.npz")
     with pytest.raises(ValueError, match="none does not exist; give an"):
         open_images(tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no images"):
-        open_images(write_folder(tmp_path / "c", []) if (tmp_path / "c").mkdir() else tmp_path)
+    (tmp_path / "c").mkdir()
+    for folder in (tmp_path, tmp_path / "c"):
+        with pytest.raises(ValueError, match="holds no images"):
+            open_images(folder)
 
 
 def test_folders_of_any_layout(tmp_path):

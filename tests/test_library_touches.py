@@ -255,7 +255,7 @@ TOUCHES = (
     ),
     Touch(
         "deepspeed",
-        "where ZeRO keeps a process's share of a parameter's moments",
+        "where ZeRO keeps the optimizer's moments of a parameter",
         "t2i/training/state.py: _hp_mapping",
         "the documented functions work only after the first step, and for one group",
         shares,
