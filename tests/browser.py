@@ -1,8 +1,8 @@
-"""Drives a headless Chromium by its DevTools protocol: opens a page, evaluates JavaScript in it,
+"""Drives headless Chromium with its DevTools protocol: opens pages, evaluates JavaScript in them,
 takes screenshots.
 
-The protocol runs over a pair of pipes (--remote-debugging-pipe: JSON messages that end in a zero
-byte), so that nothing but the browser has to be installed.
+The protocol runs over a pair of pipes (--remote-debugging-pipe: JSON messages, each followed by a
+zero byte), so only the browser has to be installed.
 """
 
 import base64
@@ -25,7 +25,7 @@ _PATIENCE = 30.0
 
 
 class Tab:
-    """One tab; `errors` collects what goes wrong in it (exceptions, failed loads)."""
+    """A browser tab. `errors` collects its uncaught exceptions and failed loads."""
 
     def __init__(self, to_browser: int, from_browser: int):
         self.to_browser, self.from_browser = to_browser, from_browser
@@ -40,14 +40,14 @@ class Tab:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params) -> dict:
-        """A command and its result; see chromedevtools.github.io/devtools-protocol."""
+        """Send a command and return its result; see chromedevtools.github.io/devtools-protocol."""
         self.count += 1
         message = {"id": self.count, "method": method, "params": params, **self.session}
         os.write(self.to_browser, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._receive()
             failed = answer.get("method") in ("Runtime.exceptionThrown", "Network.loadingFailed")
-            # A page that is left stops loading its images, which is no failure.
+            # Leaving a page aborts its unfinished loads, which is not an error.
             if failed and answer["params"].get("errorText") != "net::ERR_ABORTED":
                 self.errors.append(answer["params"])
             if answer.get("id") == self.count:
@@ -58,7 +58,7 @@ class Tab:
         while b"\0" not in self.received:
             assert select.select([self.from_browser], [], [], _PATIENCE)[0], "no answer"
             chunk = os.read(self.from_browser, 1 << 20)
-            assert chunk, "the browser has gone"
+            assert chunk, "the browser has ended"
             self.received += chunk
         message, _, self.received = self.received.partition(b"\0")
         return json.loads(message)
@@ -70,16 +70,16 @@ class Tab:
         self.wait("location.protocol != 'about:' && document.readyState == 'complete'")
 
     def run(self, script: str):
-        """The value of an expression."""
+        """Evaluate a JavaScript expression and return its value."""
         done = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Until an expression is true."""
+        """Wait until a JavaScript expression is true."""
         deadline = time.time() + _PATIENCE
         while not self.run(condition):
-            assert time.time() < deadline, f"waited in vain for {condition}"
+            assert time.time() < deadline, f"never became true: {condition}"
             time.sleep(0.05)
 
     def press(self, key: str) -> None:
@@ -93,11 +93,11 @@ class Tab:
 
 @contextmanager
 def open_browser(profile: Path, width: int = 1400, height: int = 1000) -> Iterator[Tab]:
-    """A `Tab` of a new browser, which is closed afterwards. `profile`: an empty folder for it."""
+    """A `Tab` in a new browser, which is closed afterwards. `profile`: an empty folder for it."""
     read_commands, to_browser = os.pipe()
     from_browser, write_answers = os.pipe()
     ends = (read_commands, write_answers)
-    # The browser's ends must be its descriptors 3 and 4.
+    # The browser expects its ends of the pipes as file descriptors 3 and 4.
     script = "import os, sys; [os.dup2(int(sys.argv[i]), 2 + i) for i in (1, 2)]; os.execv(sys.argv[3], sys.argv[3:])"
     command = [sys.executable, "-c", script, *map(str, ends), CHROMIUM, *_FLAGS.split()]
     command += [f"--user-data-dir={profile}", f"--window-size={width},{height}"]
@@ -119,13 +119,13 @@ WIDTH = "document.documentElement.scrollWidth"
 
 
 def seen(selector: str, of: str) -> str:
-    """JavaScript: a list of what is asked of every element that is seen."""
+    """JavaScript: the value of the expression `of` for every visible element `e`, as a list."""
     seen = f"[...document.querySelectorAll({selector!r})].filter(e => e.offsetParent)"
     return f"{seen}.map(e => {of})"
 
 
 def type_in(selector: str, value: str, number: int = 0) -> str:
-    """JavaScript: what typing does."""
+    """JavaScript: set a field's value and send the event that typing would send."""
     return (
         f"(e => {{ e.value = {value!r}; e.dispatchEvent(new Event('input')) }})"
         f"(document.querySelectorAll({selector!r})[{number}])"
@@ -142,7 +142,7 @@ def text(selector: str) -> str:
 
 @contextmanager
 def phone_in_the_dark(page: Tab) -> Iterator[None]:
-    """A narrow dark screen, on which nothing is cut off and the page is dark."""
+    """Emulate a narrow screen in dark mode; asserts that the page fits and is dark."""
     screen = {"width": 375, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     page.call("Emulation.setDeviceMetricsOverride", **screen)
     dark = [{"name": "prefers-color-scheme", "value": "dark"}]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too
+os.environ["OMP_NUM_THREADS"] = "1"  # also for the programs that tests start
 
 from functools import partial
 
@@ -20,7 +20,7 @@ from helpers import BACKBONES
 from programs import refused
 
 torch.set_num_threads(1)
-gc.disable()  # until all is imported
+gc.disable()  # until all tests are imported
 LINEAR = torch.nn.functional.linear
 
 LONGEST_FIRST = (
@@ -44,7 +44,7 @@ LONGEST_FIRST = (
     "test_geneval_weights",
     "test_imagenet_runs",
 )
-"""Files, the two processes' balance: what starts last should be short."""
+"""Test files to start first, so that the last ones to start on the two processes are short."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,13 +53,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: looking through it for garbage took a tenth of the tests' time."""
+    """Imported objects stay: scanning them for garbage used to take a tenth of the tests' time."""
     gc.freeze()
     gc.enable()
 
 
 def pytest_runtest_teardown() -> None:
-    """DeepSpeed leaves its own, slower one in place once it has trained under ZeRO-3."""
+    """Restore `linear`: after training under ZeRO-3, DeepSpeed leaves its own, slower one."""
     torch.nn.functional.linear = LINEAR
 
 
@@ -71,13 +71,15 @@ def backbone(request):
 
 @pytest.fixture
 def refusal(request, capsys):
-    """Runs the program that the test file imports as `run`, and returns its message."""
+    """A function that calls the program imported as `run` by the test file with arguments that it
+    must refuse, and returns its message.
+    """
     return partial(refused, request.module.run, capsys)
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """A tab of a headless browser."""
+    """A tab in a headless browser, shared by a file's tests."""
     if CHROMIUM is None:
         pytest.skip("no Chromium here (Debian: apt-get install chromium)")
     with open_browser(tmp_path_factory.mktemp("profile")) as browser:
@@ -102,7 +104,7 @@ def tiny_world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shapes_ckpt(tmp_path_factory):
-    """A checkpoint of the shipped base, with TensorAR attached and untrained."""
+    """A checkpoint of the shipped base with an untrained TensorAR attached."""
     import t2i
     from t2i.checkpoint import save_pretrained
 
@@ -112,8 +114,8 @@ def shapes_ckpt(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plain(tiny_world):
-    """The checkpoint folder of a run of three steps in one process, without ZeRO: what other ways
-    to train are compared with.
+    """The checkpoint folder of a run of three steps in one process without ZeRO, with which other
+    ways to train are compared.
     """
     from runs import tiny_run
 
@@ -124,7 +126,9 @@ def plain(tiny_world):
 
 @pytest.fixture
 def copied(tiny_world, request):
-    """Copies the `plain` run's folder, for a test to damage; returns its checkpoint folder."""
+    """A function that copies the `plain` run for a test to damage, and returns the copy's
+    checkpoint folder.
+    """
 
     def make(plain: Path, name: str = request.node.name) -> Path:
         run_dir = tiny_world / "runs" / name
@@ -136,7 +140,7 @@ def copied(tiny_world, request):
 
 @pytest.fixture(scope="session")
 def two_saved(tiny_world):
-    """The run folder of three steps with checkpoints after 2 and 3."""
+    """The folder of a run of three steps with checkpoints after steps 2 and 3."""
     from runs import tiny_run
 
     from t2i.training.loop import train

@@ -1,6 +1,4 @@
-"""Processes that are forked from this one. They import nothing anew, which would take most of their
-time.
-"""
+"""Processes forked from this one, which saves the imports that would take most of their time."""
 
 import os
 import socket
@@ -10,7 +8,9 @@ from collections.abc import Callable, Mapping
 
 
 def fork(work: Callable[[], object], environment: Mapping[str, object] = {}) -> int:
-    """The id of a process that does the work, with these variables besides ours, and ends."""
+    """Start a process that does the work, with these environment variables added, and then ends;
+    return its id.
+    """
     process = os.fork()
     if process:
         return process
@@ -25,11 +25,11 @@ def fork(work: Callable[[], object], environment: Mapping[str, object] = {}) -> 
         traceback.print_exc()
     finally:
         sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)  # what this process would do at its end is not the fork's business
+        os._exit(code)  # skips this process's exit handlers, pytest's among them
 
 
 def start_ranks(work: Callable[[], object], count: int) -> list[int]:
-    """The ids of so many processes that do the work together, as torchrun would start them."""
+    """Start `count` processes that do the work together, as torchrun would; return their ids."""
     launch = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [fork(work, {"RANK": i, "LOCAL_RANK": i, **launch}) for i in range(count)]
 
@@ -41,5 +41,5 @@ def free_port() -> int:
 
 
 def exit_codes(ids: list[int]) -> list[int]:
-    """Of processes, once they have ended; -9 of the killed."""
+    """Wait for the processes to end and return their exit codes; -9 for a killed one."""
     return [os.waitstatus_to_exitcode(os.waitpid(i, 0)[1]) for i in ids]

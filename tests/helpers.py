@@ -1,4 +1,4 @@
-"""What several test files share: golden cases, and tiny models with random weights."""
+"""Helpers of several test files: golden cases, and tiny models with random weights."""
 
 import json
 import os
@@ -44,7 +44,7 @@ from t2i.tensorar.sampler import (
 )
 
 rare = partial(pytest.param, marks=pytest.mark.slow)
-"""A parameter of a test that is left to the slow ones."""
+"""Marks a parameter whose test runs only with the slow tests."""
 M = TypeVar("M", bound=nn.Module)
 GOLDEN_ROOT = Path(os.environ.get("T2I_GOLDEN") or Path(__file__).parent / "golden")
 
@@ -64,7 +64,7 @@ class GoldenCase:
         return self.tensors[f"input.{name}"]
 
     def expected(self, name: str) -> Tensor:
-        """Skips the test where a case does not have this tensor."""
+        """An expected tensor; skips the test if the case does not have it."""
         if f"expected.{name}" not in self.tensors:
             pytest.skip(f"{self.folder.name} has no expected.{name}")
         return self.tensors[f"expected.{name}"]
@@ -82,7 +82,7 @@ def golden_cases(family: str) -> list:
 
 
 def golden_fixture(family: str):
-    """A fixture of a test file: every case of the family, one after the other."""
+    """A fixture that runs a file's tests on every case of the family."""
 
     @pytest.fixture(scope="module", params=golden_cases(family))
     def case(request):
@@ -92,7 +92,7 @@ def golden_fixture(family: str):
 
 
 def golden_base(case: GoldenCase, backbone_class: type[Backbone], config: object) -> TensorAR:
-    """The case's generator as a base model."""
+    """The case's generator, loaded as a base model."""
     backbone = backbone_class.load(
         case.folder / case.config["checkpoint_file"], LoadOptions(config)
     )
@@ -100,7 +100,7 @@ def golden_base(case: GoldenCase, backbone_class: type[Backbone], config: object
 
 
 def golden_folder(name: str) -> Path:
-    """A folder of golden data; skips the test file where another golden root does not have it."""
+    """A folder of golden data; skips the test file if T2I_GOLDEN does not have it."""
     folder = GOLDEN_ROOT / name
     if "T2I_GOLDEN" in os.environ and not folder.is_dir():
         pytest.skip(f"no {name} in {GOLDEN_ROOT}", allow_module_level=True)
@@ -108,7 +108,7 @@ def golden_folder(name: str) -> Path:
 
 
 def golden_table(name: str) -> dict:
-    """A JSON table of this name under the golden root; skips the test where there is none."""
+    """The JSON table of this name under the golden root; skips the test if there is none."""
     path = next(GOLDEN_ROOT.rglob(name), None)
     if path is None:
         pytest.skip(f"no {name} under {GOLDEN_ROOT}")
@@ -116,7 +116,7 @@ def golden_table(name: str) -> dict:
 
 
 def teacher_forced(model: TensorAR, prepared: dict, codes: Tensor, drop: bool = False) -> tuple:
-    """Logits [B, T, V_s] of each sub-token of codes [B, T, S], by a base model."""
+    """A base model's logits [B, T, V_s] for each sub-token of codes [B, T, S]."""
     condition = model.backbone.encode_condition(prepared, torch.full((len(codes),), drop))
     windows = model.windows.gather(codes)
     with torch.no_grad():
@@ -125,7 +125,7 @@ def teacher_forced(model: TensorAR, prepared: dict, codes: Tensor, drop: bool = 
 
 
 def prefill(model: TensorAR, prepared: dict, config: SamplingConfig) -> tuple[Tensor, DecodeState]:
-    """Hidden states [R, D] that predict window 0, and what goes on from there."""
+    """Hidden states [R, D] that predict window 0, and the state to continue from."""
     scales = guidance_table(model, config)
     condition = encode_rows(model.backbone, prepared, guided=scales is not None)
     state = new_state(model, condition, scales, drawn_windows(model, config))
@@ -139,7 +139,9 @@ def feed(model: TensorAR, window: Tensor, index: int, state: DecodeState) -> Ten
 
 
 def cached(model: TensorAR, prepared: dict, codes: Tensor) -> tuple:
-    """The same by prefill and single steps with guidance: [2B, T, V_s], conditional rows first."""
+    """The logits of `teacher_forced`, computed by prefill and single steps with guidance:
+    [2B, T, V_s], conditional rows first.
+    """
     h, state = prefill(model, prepared, SamplingConfig(cfg_scale=2.0))
     outputs = [h]
     for t in range(codes.shape[1] - 1):
@@ -150,20 +152,20 @@ def cached(model: TensorAR, prepared: dict, codes: Tensor) -> tuple:
 
 @torch.no_grad()
 def base_loss(model: TensorAR, prepared: dict, codes: Tensor) -> Tensor:
-    """Cross entropy [1] of codes [B, T, S] by a base model."""
+    """A base model's cross entropy [1] on codes [B, T, S]."""
     condition = model.backbone.encode_condition(prepared)
     return model(codes, condition, model.windows.gather(codes)).means()
 
 
 def filter_logits(logits: Tensor, rule: SubTokenSampling) -> Tensor:
-    """Logits [..., V] over temperature, -inf where a filter removes the code."""
+    """Logits [..., V] divided by the temperature, -inf where a filter removes the code."""
     scores, codes = candidates(logits, rule)
     return torch.full_like(logits, -torch.inf).scatter(-1, codes.expand_as(scores), scores)
 
 
 def drawn_by_torch(model: TensorAR, prepared: dict, config: SamplingConfig, steps: int) -> Tensor:
-    """Codes [B, steps, S] with torch's own generator in the official order: for each code one
-    multinomial over the batch per sub-token.
+    """Codes [B, steps, S] drawn with torch's own generator in the official order: one multinomial
+    over the batch for each sub-token of each code.
     """
     h, state = prefill(model, prepared, config)
     drawn = []
@@ -185,7 +187,9 @@ def close(actual: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
 
 
 def check_uint8_rule(backbone: Backbone) -> None:
-    """Bytes of given decoder values; a few lie on a rounding edge, where one level is allowed."""
+    """Assert that decoder values become the official bytes. A few values lie on a rounding edge,
+    where a difference of one level is allowed.
+    """
     table = golden_table("uint8_rules.json")
     x = torch.tensor(table["x"])
     backbone.frozen.tokenizer = SimpleNamespace(decode=lambda codes: x.expand(1, 3, 1, -1))
@@ -196,13 +200,13 @@ def check_uint8_rule(backbone: Backbone) -> None:
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:
-    """Random weights at which every part matters: no head is zero, no norm is 1."""
+    """Set random weights under which every part matters: no head is zero, no norm is 1."""
     generator = torch.Generator().manual_seed(seed)
     stored = module.state_dict()
     with torch.no_grad():
         for name, value in (*module.named_parameters(), *module.named_buffers()):
             if name not in stored:
-                continue  # a table that is computed
+                continue  # computed tables, which are not stored
             if value.dim() == 1:
                 value.uniform_(0.5, 1.5, generator=generator)
             else:
@@ -212,12 +216,12 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
 
 
 def count(module: nn.Module) -> int:
-    """Parameters."""
+    """The number of parameters."""
     return sum(p.numel() for p in module.parameters())
 
 
 def on_meta(build: Callable[..., M], *args, **options) -> M:
-    """A module with shapes and no data."""
+    """A module on the meta device: shapes without data."""
     with torch.device("meta"):
         return build(*args, **options)
 
@@ -238,7 +242,7 @@ def tiny_config(cond: str) -> LlamaGenConfig:
 
 
 def tiny_vq(seed: int = 0) -> VQTokenizer:
-    """Two pixels per code, 48 codes."""
+    """A VQ tokenizer with 48 codes; a code covers 2 x 2 pixels."""
     tokenizer = VQTokenizer(VQConfig(32, (1, 2), 1, 16, codebook_size=48, codebook_dim=8))
     randomize(tokenizer, seed)
     return tokenizer.eval().requires_grad_(False)
@@ -261,7 +265,7 @@ def tiny_janus(seed: int = 0) -> Janus:
     with torch.no_grad():
         for layer in (m for m in backbone.janus.modules() if isinstance(m, nn.Linear)):
             if layer.bias is not None:
-                layer.bias.sub_(1).mul_(0.2)  # or the head predicts its biases
+                layer.bias.sub_(1).mul_(0.2)  # larger biases would dominate the head's output
     return backbone.eval()
 
 
@@ -269,7 +273,9 @@ JANUS_PROMPTS = ("a red circle", "two squares and one star, left of the ring", "
 
 
 def text_logits(model, backbone=None) -> torch.Tensor:
-    """The language model's word on text: of a backbone, or of transformers' own model."""
+    """The language model's logits for a prompt's text: of the model itself (our backbone), or of
+    transformers' `model` with the tokenizer of `backbone`.
+    """
     ids = torch.tensor((backbone or model).prompts.encode([JANUS_PROMPTS[1]]))
     with torch.no_grad():
         return model.text_logits(ids) if backbone is None else model(input_ids=ids).logits
@@ -286,7 +292,7 @@ def tiny_rar(seed: int = 0) -> RAR:
 
 
 def tiny_lfq(seed: int = 0) -> LFQTokenizer:
-    """Two pixels per code, 2^7 codes."""
+    """A look-up-free tokenizer with 2^7 codes; a code covers 2 x 2 pixels."""
     tokenizer = LFQTokenizer(LFQConfig(32, (1, 2), 1, bits=7))
     randomize(tokenizer, seed)
     return tokenizer.eval().requires_grad_(False)
@@ -317,11 +323,13 @@ BACKBONES = {
     "open_magvit2": tiny_open_magvit2,
     "rar": tiny_rar,
 }
-"""Of the `backbone` fixture: each family and kind of condition."""
+"""Parameters of the `backbone` fixture: each family and kind of condition."""
 
 
 def tiny_prepared(backbone: Backbone, batch: int) -> dict[str, Tensor]:
-    """Different conditions: labels, or left-padded captions or prompts of different lengths."""
+    """Prepared conditions that differ between rows: labels, or left-padded captions or prompts of
+    different lengths.
+    """
     if backbone.frozen.text_encoder is not None:
         return backbone.prepare([JANUS_PROMPTS[i % 3] for i in range(batch)])
     if backbone.spec.cond_kind == "class":
@@ -346,7 +354,7 @@ def other_codes(backbone: Backbone, codes: Tensor) -> Tensor:
 
 
 def open_gates(model: TensorAR) -> TensorAR:
-    """Make the codec's zero-initialised gates non-zero, as training does."""
+    """Make the codec's zero-initialized gates non-zero, as training does."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, gate in model.named_parameters():
@@ -356,29 +364,29 @@ def open_gates(model: TensorAR) -> TensorAR:
 
 
 class Killed(Exception):
-    """Raised in the middle of things, where a process could be killed."""
+    """Raised where a process could be killed."""
 
 
 def folder_content(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by relative name."""
+    """The bytes of every file below a folder, by relative name."""
     found = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def in_threads(work: Callable[[int], object], ranks: Sequence[int] = (0, 1)) -> list:
-    """What `work(rank)` returns, for all ranks at once; raises what one of them raises."""
+    """Run `work(rank)` for all ranks at once; return the results, or raise the first error."""
     with ThreadPoolExecutor(len(ranks)) as pool:
         return list(pool.map(work, ranks))
 
 
 @contextmanager
 def edited(path: Path) -> Iterator[Any]:
-    """The content of a JSON file, written back as it is changed."""
+    """Yield the content of a JSON file, then write it back with the changes made to it."""
     content = json.loads(path.read_text())
     yield content
     path.write_text(json.dumps(content))
 
 
 def open_source(source: str | Path, **options) -> Source:
-    """The data set of captioned images at a place, read with these options."""
+    """The data set of captioned images at `source`, read with these options."""
     return opening.open_source(CaptionedImages(str(source), **options))

@@ -1,4 +1,4 @@
-"""Runs a benchmark's program as a user would, and looks at what it leaves."""
+"""Runs programs as a user would, and reads their messages and results."""
 
 import json
 import os
@@ -26,7 +26,9 @@ def program(module, *arguments) -> None:
 
 
 def refused(module, capsys, *arguments) -> str:
-    """The message with which a script ends; it has printed nothing else."""
+    """Run a script that must fail; return its error message on one line. Asserts that it prints
+    nothing else.
+    """
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
@@ -38,8 +40,8 @@ def refused(module, capsys, *arguments) -> str:
 
 
 def start_and_kill(module, out: Path, *arguments) -> dict[Path, int]:
-    """Kill a program, in a process of its own, once it has drawn two images; these files with
-    their times.
+    """Run a program in its own process and kill it once it has drawn two images; return the
+    modification times of the images.
     """
     process = fork(lambda: program(module, "--out", out, *arguments))
     deadline, ended = time.time() + 300, os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -52,7 +54,9 @@ def start_and_kill(module, out: Path, *arguments) -> dict[Path, int]:
 
 
 def launch(*command: str) -> subprocess.CompletedProcess:
-    """Run Python with these arguments in its own process without a launcher; it must succeed."""
+    """Run Python with these arguments in a new process, with no launcher's variables; it must
+    succeed.
+    """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     extra = {
         "OMP_NUM_THREADS": "1",
@@ -75,7 +79,7 @@ def launch(*command: str) -> subprocess.CompletedProcess:
 
 
 def assert_two_do_what_one_does(module, one: Path, out: Path, *arguments) -> None:
-    """Two processes leave in `out` what one process left in `one`."""
+    """Assert that two processes write the same files to `out` as one process wrote to `one`."""
     script = ("--standalone", "--nproc_per_node", "2", module.__file__, "--out", out)
     printed = launch("-m", "torch.distributed.run", *map(str, (*script, *arguments))).stdout
     assert printed.count("**overall**") == 1, "only the main process reports"
@@ -91,5 +95,5 @@ def result_rows(out: Path) -> list[dict]:
 
 
 def numbers(out: Path) -> dict:
-    """The results without what names the folder."""
+    """The results without the name of the folder of images."""
     return {k: v for k, v in results(out).items() if k != "images"}

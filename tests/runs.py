@@ -1,4 +1,4 @@
-"""Tiny training runs, and how they are compared."""
+"""Tiny training runs, and comparisons of them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,30 +29,30 @@ from t2i.training.loop import Run
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares"]
 SAME_SUM = 1e-5
-"""Relative tolerance for the same numbers, added in another order."""
+"""Relative tolerance between sums of the same numbers in different orders."""
 
 
 def write_tiny_base(folder: Path) -> Path:
-    """A backbone folder as `--backbone.weights` takes it."""
+    """Write a backbone folder for `--backbone.weights`."""
     return write_llamagen(folder, randomize, sampling={"cfg_scale": 2.0})
 
 
 def write_tiny_janus(folder: Path) -> Path:
-    """A Janus folder in transformers' layout, of the same images as the tiny base."""
+    """Write a Janus folder in transformers' layout, for images of the tiny base's size."""
     return write_janus(folder, randomize)
 
 
 def tiny_janus_run(root: Path, name: str, **changes) -> TrainConfig:
-    """`tiny_run` on the Janus under `root`."""
+    """`tiny_run` with the Janus model under `root`."""
     janus = {"backbone__family": "janus", "backbone__weights": str(root / "janus")}
     return tiny_run(root, name, **(janus | changes))
 
 
 def tiny_run(root: Path, name: str, **changes) -> TrainConfig:
-    """A training run on the LlamaGen and data under `root` (see the `tiny_world` fixture): 16 of
-    the samples a step, k = 3.
+    """The settings of a run on the LlamaGen model and data under `root` (see the `tiny_world`
+    fixture): 16 samples per step, k = 3.
 
-    Options of the parts are given by their path, such as `engine__zero_stage=2`.
+    `changes` names nested options by their path, such as `engine__zero_stage=2`.
     """
     config = TrainConfig(
         run_dir=root / "runs" / name,
@@ -76,7 +76,7 @@ def tiny_run(root: Path, name: str, **changes) -> TrainConfig:
 
 
 def tiny_reward_run(root: Path, name: str, **changes) -> RewardConfig:
-    """`tiny_run` as reward fine-tuning: four groups of four images a step, for their brightness."""
+    """`tiny_run` as reward fine-tuning for brightness: four groups of four images per step."""
     reward = RewardOptions(functions=("reward_functions:brightness",), group=4, watch=())
     given = {k.removeprefix("reward__"): v for k, v in changes.items() if k.startswith("reward__")}
     config = tiny_run(
@@ -87,7 +87,7 @@ def tiny_reward_run(root: Path, name: str, **changes) -> RewardConfig:
 
 
 def plain_options(root: Path, name: str) -> list[str]:
-    """The command line of train_llamagen.py that does what the `plain` run does."""
+    """Options of train_llamagen.py for the same run as the `plain` fixture's."""
     text = f"""shapes-iclr2026 --backbone.weights {root / "base"} --method.k 3
         --data.source {root / "data"} --data.cache-dir {root / "cache"} --data.validation-samples 9
         --optim.codec-lr 1e-2 --optim.backbone-lr 1e-3 --optim.warmup-steps 0 --engine.micro-batch 4
@@ -98,7 +98,7 @@ def plain_options(root: Path, name: str) -> list[str]:
 
 @contextmanager
 def before_step(number: int, act: Callable[[Run], object]) -> Iterator[None]:
-    """Runs meanwhile do this before they take the step that follows so many."""
+    """Within this context, call `act(run)` before a run's step that follows `number` steps."""
     step = Run.train_step
 
     def act_and_step(run: Run) -> dict[str, float]:
@@ -112,12 +112,14 @@ def before_step(number: int, act: Callable[[Run], object]) -> Iterator[None]:
 
 
 def kill(run: Run) -> None:
-    """For `before_step`."""
+    """An action for `before_step`."""
     raise Killed
 
 
 def saved_after_two_steps(run: Run) -> tuple[Path, TensorAR]:
-    """A checkpoint folder and its model, which has exactly the weights of the run."""
+    """Take two steps and save; return the checkpoint folder and its model, reloaded. Asserts that
+    the model has exactly the run's weights.
+    """
     run.model.train()
     run.train_step()
     run.train_step()
@@ -128,7 +130,7 @@ def saved_after_two_steps(run: Run) -> tuple[Path, TensorAR]:
 
 
 def metrics(root: Path, name: str) -> list[dict]:
-    """A run's metrics without those that depend on the machine or on the ZeRO stage."""
+    """A run's metrics, without those that depend on the machine or the ZeRO stage."""
     skipped = ("images_per_s", "data_wait", "memory_gb", "train/grad_norm", "seconds/")
     rows = read_metrics(root / "runs" / name)
     return [{k: v for k, v in row.items() if not k.startswith(skipped)} for row in rows]
@@ -147,7 +149,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def state_of(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    """The weights, or one of the moments, in the training state of a checkpoint folder."""
+    """The weights or a moment (`kind`) of every parameter in a checkpoint's training state."""
     files = map(load_file, sorted((folder / "training_state").glob("*.safetensors")))
     found = {key: value for file in files for key, value in file.items()}
     return {k.removesuffix(f"/{kind}"): v for k, v in found.items() if k.endswith(f"/{kind}")}
@@ -159,6 +161,6 @@ def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 
 
 def draw(folder: Path, out: Path) -> list[bytes]:
-    """PNG files of a few images of a checkpoint."""
+    """The bytes of PNG files of a few images drawn by a checkpoint."""
     images = t2i.generate(t2i.from_pretrained(folder), PROMPTS, batch_size=2, progress=False)
     return [save_png(image, out / f"{i}.png").read_bytes() for i, image in enumerate(images)]

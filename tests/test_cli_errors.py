@@ -1,5 +1,5 @@
-"""A user's mistake ends in one clear message and a non-zero exit code, without a traceback and with
-nothing half-written.
+"""A user's mistake ends in one clear message and a non-zero exit code, without a traceback and
+without leaving files.
 """
 
 import errno
@@ -31,7 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def fails(tmp_path, monkeypatch, capsys):
-    """Runs a script with arguments and returns its message."""
+    """A function that runs a script with arguments that it must refuse, and returns its message.
+    Asserts that it prints nothing else and writes nothing.
+    """
 
     def run(script, *arguments) -> str:
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
@@ -54,7 +56,7 @@ def fails(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def train_fails(tiny_world, tmp_path, fails):
-    """Runs the trainer on the tiny world with further options, and returns its message."""
+    """`fails` for the trainer on the tiny world, with further options."""
 
     def run(*arguments, recipe: str = "shapes-iclr2026") -> str:
         defaults = {
@@ -75,14 +77,14 @@ def train_fails(tiny_world, tmp_path, fails):
 
 
 # -- training --------------------------------------------------------------------------------------
-def test_missing_data(train_fails, tmp_path):
+def test_missing_data_is_named(train_fails, tmp_path):
     folder = tmp_path / "nothing"
     assert "File name too long: aaa" in train_fails("--data.source", "a" * 5000)
     assert f"{folder} does not exist" in train_fails("--data.source", folder)
     assert "--data.source has an empty value" in train_fails("--data.source", "")
 
 
-def test_no_captions(train_fails, tmp_path):
+def test_images_without_captions_are_refused(train_fails, tmp_path):
     (data := tmp_path / "data").mkdir()
     for i in range(3):
         Image.new("RGB", (32, 32)).save(data / f"{i}.png")
@@ -93,12 +95,12 @@ def test_no_captions(train_fails, tmp_path):
     assert "0.png.txt is not read; its caption belongs in 0.txt" in message
 
 
-def test_too_little_data(train_fails):
+def test_too_little_data_is_refused(train_fails):
     message = train_fails("--data.validation-samples", 60)
     assert "data.validation_samples=60" in message and "fewer than the 60 usable samples" in message
 
 
-def test_unknown_names(train_fails):
+def test_unknown_names_are_refused_with_alternatives(train_fails):
     message = train_fails(recipe="shapes-iclr2027")
     assert "perhaps you meant shapes-iclr2026; choose one of shapes-tuned," in message
     message = train_fails("--optim.codec-lrr", 1)
@@ -109,20 +111,20 @@ def test_unknown_names(train_fails):
     assert "perhaps you meant llamagen; choose one of llamagen" in message
 
 
-def test_a_recipe_of_another_program(train_fails):
+def test_a_recipe_of_another_program_is_refused(train_fails):
     for name, program in (("janus-pro-1b-lora", "train_janus"), ("rar-b", "train_imagenet")):
         message = train_fails(recipe=name)
         assert f"error: {name} is a recipe of launch/{program}.py" in message
 
 
-def test_sampling_is_looked_at_before_the_first_sheet(train_fails):
+def test_sampling_options_are_checked_before_training(train_fails):
     assert "stride=9" in train_fails("--sampling.stride", 9, "--check")
     assert "window=9" in train_fails("--sampling.window", 9, "--check")
     two = train_fails("--sampling.temperature", 1, 0.5)
     assert "must be one number, or one for each of the 1 sub-token" in two
 
 
-def test_bad_values(train_fails):
+def test_bad_training_options_are_refused(train_fails):
     assert "k=17 must be between 1 and the 16 tokens of an image" in train_fails("--method.k", 17)
     assert "slot_weights=(0.0,)" in train_fails("--method.slot-weights", 0)
     assert "batch_size=6 must be a multiple of engine.micro_batch=4" in train_fails(
@@ -162,13 +164,17 @@ def test_bad_values(train_fails):
         ("--seed", str(2**63), f"seed={2**63} must be between 0 and 2**63 - 1"),
     ],
 )
-def test_numbers_that_are_none(train_fails, option, value, message):
-    """Case 2: what can only make weights that are no numbers is refused before any loading."""
+def test_numbers_out_of_range_are_refused(train_fails, option, value, message):
+    """Case 2: numbers that can only lead to NaN weights or an impossible run are refused before
+    anything is loaded.
+    """
     assert message in train_fails(option, *value.split())
 
 
-def test_an_option_that_is_given_nothing(train_fails, generate_fails):
-    """As --run-dir "$RUN" does where RUN is not set: the run was put into the working directory."""
+def test_empty_values_are_refused(train_fails, generate_fails):
+    """For example --run-dir "$RUN" if RUN is not set: the run used to be written into the working
+    directory.
+    """
     for nothing in ("", " ", "\n"):
         assert "--run-dir has an empty value: leave the option out" in train_fails(
             "--run-dir", nothing
@@ -178,28 +184,30 @@ def test_an_option_that_is_given_nothing(train_fails, generate_fails):
     assert "--steps has an empty value" in train_fails("--steps", "")
 
 
-def test_a_run_folder_among_the_pictures(train_fails, tiny_world):
-    """Its sheets became data, and the run could not be resumed: the data had changed."""
+def test_a_run_folder_within_the_data_is_refused(train_fails, tiny_world):
+    """The run's sheets used to become data, and then it could not be resumed because the data had
+    changed.
+    """
     for inside in (tiny_world / "data", tiny_world / "data" / "runs" / "a"):
         message = train_fails("--run-dir", inside, "--check")
         assert "so its sheets would be read as data: give a --run-dir elsewhere" in message
-    train_fails("--run-dir", tiny_world / "data-2", "--data.source", "none")  # that is another
+    train_fails("--run-dir", tiny_world / "data-2", "--data.source", "none")  # not within the data
 
 
-def test_home_behind_an_equals_sign(train_fails, tmp_path, monkeypatch):
-    """A shell leaves it as it is, which made a folder named "~"."""
+def test_a_tilde_after_an_equals_sign_is_expanded(train_fails, tmp_path, monkeypatch):
+    """A shell does not expand it there, so a folder named "~" used to be made."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert f"{tmp_path}/mine does not exist" in train_fails("--data.source=~/mine")
     assert "~nobody/mine does not exist" in train_fails("--data.source=~nobody/mine")
 
 
-def test_batch_that_cannot_be_split():
+def test_a_batch_that_cannot_be_split_is_refused():
     config = TrainConfig(batch_size=16, engine=EngineOptions(micro_batch=4))
     with pytest.raises(ValueError, match=r"cannot be split over 3 processes.*use a multiple of 12"):
         deepspeed_config(config, world_size=3)
 
 
-def test_deepspeed_json(train_fails, tmp_path):
+def test_bad_deepspeed_configs_are_refused(train_fails, tmp_path):
     path = tmp_path / "deepspeed.json"
 
     def message(content: str) -> str:
@@ -221,7 +229,7 @@ def test_deepspeed_json(train_fails, tmp_path):
     assert "overlap_com" in message('{"zero_optimization": {"overlap_com": true}}')
 
 
-def test_bad_weights(train_fails, tiny_world, tmp_path):
+def test_bad_weights_are_refused(train_fails, tiny_world, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_world / "base", base)
     os.truncate(base / "gpt.pt", 5000)
@@ -238,7 +246,7 @@ def test_bad_weights(train_fails, tiny_world, tmp_path):
     assert "shapes" in train_fails("--backbone.weights", tmp_path / "nowhere.pt")
 
 
-def test_backbone_that_reads_no_captions(train_fails, tiny_world, tmp_path):
+def test_a_backbone_that_reads_no_captions_is_refused(train_fails, tiny_world, tmp_path):
     backbone = tiny_llamagen("class")
     torch.save({"model": backbone.official_state_dict()}, tmp_path / "gpt.pt")
     config = {"family": "llamagen", "weights": "gpt.pt", "config": vars(backbone.config)}
@@ -252,7 +260,7 @@ def test_backbone_that_reads_no_captions(train_fails, tiny_world, tmp_path):
     assert "tokenizer has 64 codes, but the llamagen backbone has 48" in message
 
 
-def test_check_finds_what_training_would(train_fails):
+def test_check_refuses_what_training_would_refuse(train_fails):
     assert "k=17 must be between" in train_fails("--method.k", 17, "--check")
     assert "leave none to train on" in train_fails("--data.validation-samples", 60, "--check")
     assert "nothing to train" in train_fails("--method.k", 1, "--tuning", "codec", "--check")
@@ -261,7 +269,7 @@ def test_check_finds_what_training_would(train_fails):
 # -- generation ------------------------------------------------------------------------------------
 @pytest.fixture
 def generate_fails(fails, plain, tmp_path):
-    """Runs the generator with further options, on a good checkpoint if none is given."""
+    """`fails` for the generator, with further options; on a good checkpoint if none is given."""
 
     def run(*arguments) -> str:
         ckpt = () if "--ckpt" in arguments else ("--ckpt", plain)
@@ -270,7 +278,7 @@ def generate_fails(fails, plain, tmp_path):
     return run
 
 
-def test_bad_prompts(generate_fails, tmp_path):
+def test_bad_prompts_are_refused(generate_fails, tmp_path):
     assert "no prompt: give --prompt TEXT" in generate_fails()
     assert "no prompt: give --prompt TEXT" in generate_fails("--prompt", "a circle", "")
     assert r"--prompt: 'a \udcff' contains a lone surrogate" in generate_fails(
@@ -295,9 +303,9 @@ def test_bad_prompts(generate_fails, tmp_path):
         assert f"{path} line 2 is not" in generate_fails("--prompt-file", path)
     path.write_text('{"prompt": "a circle"}')
     assert "line 1 is JSON: give the file a name" in generate_fails("--prompt-file", path)
-    path.write_text("{a red circle}\n")  # is not, and a prompt like any other
+    path.write_text("{a red circle}\n")  # not JSON, but a prompt like any other
     assert read_prompts((), path) == [{"prompt": "{a red circle}"}]
-    for name in ("prompts.json", "prompts.CSV"):  # a line of these would be drawn as a prompt
+    for name in ("prompts.json", "prompts.CSV"):  # their lines must not be drawn as prompts
         path = tmp_path / name
         path.write_text("prompt\na circle")
         assert "files cannot be read; give a .txt file" in generate_fails("--prompt-file", path)
@@ -306,7 +314,7 @@ def test_bad_prompts(generate_fails, tmp_path):
     assert f"{path} line 1 has no text" in generate_fails("--prompt-file", path)
 
 
-def test_bad_options(generate_fails):
+def test_bad_drawing_options_are_refused(generate_fails):
     prompt = ("--prompt", "a circle")
     for scale in ("0.5", "1e38"):
         message = generate_fails(*prompt, "--cfg-scale", scale)
@@ -318,17 +326,20 @@ def test_bad_options(generate_fails):
         *prompt, "--batch-size", 10**9
     )
     assert "--cfg-scale" in generate_fails(*prompt, "--cfg-scal", 3)
-    # Nothing of the folder may say afterwards that its images are drawn so.
+    # Nothing may be written that would claim images with these settings.
     for wrong in (("--temperature", 1, 0.5), ("--stride", 9), ("--window", 9)):
         assert wrong[0].strip("-") + "=" in generate_fails(*prompt, *wrong)
 
 
-def test_values_that_would_get_lost(generate_fails, train_fails):
-    """Cases 19, 27: of two --prompt the parser keeps the last; NaN passes every comparison."""
+def test_repeated_options_and_nan_are_refused(generate_fails, train_fails):
+    """Cases 19, 27: of two --prompt the parser would keep the last, and NaN would pass the checks
+    that compare.
+    """
     twice = generate_fails("--prompt", "a circle", "--prompt", "a square")
     assert "--prompt is given 2 times: give it once, followed by all values" in twice
     assert "--log.prompts is given 2 times" in train_fails("--log.prompts", "a", "--log.prompts=b")
-    assert "steps=0 must" in train_fails("--steps", 3, "--steps", 0)  # of one value the last holds
+    # Of options with one value, the last counts.
+    assert "steps=0 must" in train_fails("--steps", 3, "--steps", 0)
     assert "sampling.temperature=nan must" in generate_fails(
         "--prompt", "a", "--temperature", "nan"
     )
@@ -339,7 +350,7 @@ def test_values_that_would_get_lost(generate_fails, train_fails):
         from_json(SamplingConfig, {"temperature": float("nan")}, "config.json")
 
 
-def test_bad_checkpoints(generate_fails, plain, tiny_world, tmp_path):
+def test_bad_checkpoints_are_refused(generate_fails, plain, tiny_world, tmp_path):
     def message(folder: Path) -> str:
         return generate_fails("--prompt", "a circle", "--ckpt", folder)
 
@@ -360,15 +371,15 @@ def test_bad_checkpoints(generate_fails, plain, tiny_world, tmp_path):
     assert "manifest.json is missing" in message(copy)
 
 
-def test_a_checkpoint_is_no_base(fails, plain):
+def test_a_checkpoint_given_as_base_is_refused(fails, plain):
     message = fails(generate, "--prompt", "a circle", "--base.weights", plain)
     assert f"{plain} is a checkpoint, not a base: give it as --ckpt" in message
     encoder = ("--ckpt", plain, "--base.text-encoder", "a/b/c")
     assert "a hub folder written owner/repo" in fails(generate, "--prompt", "a circle", *encoder)
 
 
-# -- the real thing --------------------------------------------------------------------------------
-@pytest.mark.slow  # two processes that import all; the tests above call what they call
+# -- in new processes ------------------------------------------------------------------------------
+@pytest.mark.slow  # new processes import everything; the tests above call the same functions
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -394,23 +405,24 @@ def test_scripts_end_in_one_line(command, message, tmp_path):
 
 
 def run_here(folder: Path, code: str, *arguments: str, **environment: str):
-    """Python code in a process of its own that starts in this folder."""
+    """Run Python code in a new process that starts in this folder."""
     run = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
     where = {"env": os.environ | environment, "cwd": folder}
     return subprocess.run([*run, *arguments], capture_output=True, timeout=600, **where)
 
 
-def test_a_folder_that_is_gone(tmp_path):
-    """Libraries fail in their imports there."""
+def test_a_deleted_working_directory_is_reported(tmp_path):
+    """Without the check, libraries would fail while they are imported."""
     code = "import os; os.rmdir(os.getcwd())\nfrom launch import generate as g; g.cli.run(g.main)"
     done = run_here(tmp_path, code)
     assert done.returncode == 1 and done.stderr.count(b"\n") == 1
     assert b"error: the folder in which this was started has been deleted" in done.stderr
 
 
-def test_a_locale_without_letters(tmp_path):
-    """A prompt was said to hold lone surrogates, and an answer with a sign that there is not
-    failed."""
+def test_an_ascii_locale(tmp_path):
+    """A prompt with other letters is refused with advice (it used to be reported as lone
+    surrogates), and printing other characters works (it used to fail).
+    """
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     code = "from launch import generate as g; g.cli.run(g.main)"
     done = run_here(tmp_path, code, "--prompt=rød", **ascii_only)
@@ -443,15 +455,15 @@ def test_too_little_memory_ends_in_one_line(error, capsys):
         cli.run(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 
 
-def test_more_images_than_can_be_listed(generate_fails):
-    """All of them were listed first, for minutes, or until memory was full."""
+def test_too_many_images_are_refused_at_once(generate_fails):
+    """All of them used to be listed first, which took minutes or all the memory."""
     message = generate_fails("--prompt", "a circle", "--samples", 10**9)
     assert "more than the 10,000,000 images" in message
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_in_one_line(number, capsys):
-    # A shell starts jobs in the background with SIGINT ignored, and with them the tests.
+    # A shell starts background jobs with SIGINT ignored, and the tests may be such a job.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit) as stopped:
@@ -459,11 +471,13 @@ def test_a_signal_ends_in_one_line(number, capsys):
     finally:
         signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130 and capsys.readouterr().err.startswith("interrupted")
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the handler goes with the program"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the program's handler is removed"
 
 
-def test_a_reader_that_leaves_is_no_fault(monkeypatch, capfd):
-    """As `| head` does: what was printed early is kept back until the end."""
+def test_a_closed_or_full_output_is_no_error(monkeypatch, capfd):
+    """The reader may leave, as `| head` does, and the disk may be full. With short output, which is
+    buffered, the error occurs only when the program ends.
+    """
 
     def unread() -> None:
         reader, writer = os.pipe()

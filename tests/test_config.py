@@ -1,5 +1,5 @@
-"""The command line: every recipe parses, every option is read by something, and the pre-flight says
-what a run would do.
+"""The command line: every recipe parses, every option is used, and --check says what a run would
+do.
 """
 
 import ast
@@ -26,14 +26,14 @@ FAMILIES = (llamagen_recipes, janus_recipes, open_magvit2_recipes, rar_recipes)
 RECIPES = {name: recipe for family in FAMILIES for name, recipe in family.recipes().items()}
 
 
-def test_there_are_recipes():
+def test_recipes_have_unique_names_and_descriptions():
     assert len(RECIPES) == sum(len(family.recipes()) for family in FAMILIES) >= 80
     assert all(about for about, _ in RECIPES.values())
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_parse(name, monkeypatch):
-    """What is not given stays."""
+def test_options_change_only_what_they_name(name, monkeypatch):
+    """All other settings of the recipe stay."""
     options = ["--method.k", "2", "--optim.codec-lr", "3e-4"]
     monkeypatch.setattr(sys, "argv", ["train", "--local_rank=1", name, *options])
     recipe = RECIPES[name][1]
@@ -42,7 +42,7 @@ def test_recipes_parse(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [next(iter(family.recipes())) for family in FAMILIES])
-def test_a_recipe_by_itself(name, monkeypatch):
+def test_a_recipe_without_options_stays_as_it_is(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train", name])
     assert cli.parse_recipe(RECIPES, "") == RECIPES[name][1]
 
@@ -56,7 +56,7 @@ def test_of_two_values_the_last_counts_and_that_is_said(monkeypatch, caplog):
 
 
 def dataclasses_within(kind: type) -> set[type]:
-    """A config dataclass and all that are the type of a field in it."""
+    """A config dataclass and all dataclasses among the types of its fields, recursively."""
     found = {kind}
     for hint in typing.get_type_hints(kind).values():
         for part in (hint, *typing.get_args(hint)):
@@ -66,7 +66,7 @@ def dataclasses_within(kind: type) -> set[type]:
 
 
 def attributes_read() -> set[str]:
-    """Names x of every `something.x` that is read, and not called, in the program."""
+    """The names x of all attributes `something.x` that the code reads and does not call."""
     files = [path for part in ("t2i", "launch") for path in (ROOT / part).rglob("*.py")]
     nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
     called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
@@ -98,14 +98,14 @@ def test_check_says_what_a_run_would_do(tiny_world, tmp_path):
     parameters = dict(
         line.split(maxsplit=1) for line in report.split("parameters\n")[1].splitlines()[:3]
     )
-    adapters = 2 * 16 * (64 + 192 + 64 + 64 + 3 * (64 + 128))  # rank (inputs + outputs), two blocks
+    adapters = 2 * 16 * (64 + 192 + 64 + 64 + 3 * (64 + 128))  # 2 blocks x rank x (inputs, outputs)
     assert parameters["backbone"].split()[-1] == f"{adapters:,}"
     assert parameters["codec"].split()[0] == parameters["codec"].split()[-1]
     assert "ZeRO-0 on 2 process(es)" in report and report.count("<- chosen") == 1
     assert not config.run_dir.exists() and list(tmp_path.iterdir()) == []
 
 
-def test_check_of_a_stream_counts_what_it_can(tiny_world, tmp_path):
+def test_check_of_a_stream_counts_samples_if_they_are_limited(tiny_world, tmp_path):
     options = {"data__streaming": True, "data__source": str(tmp_path)}
     write_parquet(tmp_path, count=20)
     report = check(tiny_run(tiny_world, "checked", **options))

@@ -1,4 +1,4 @@
-"""The demo: limits, drawing that is watched, and the page itself in headless Chromium."""
+"""The demo: limits of requests, drawing with previews, and the page in headless Chromium."""
 
 import shlex
 import threading
@@ -33,8 +33,8 @@ def read(**changes):
     return read_request(dict(zip(FIELDS, VALUES, strict=True)) | changes, ALLOWED)
 
 
-# -- what may be asked for -------------------------------------------------------------------------
-def test_a_request():
+# -- requests --------------------------------------------------------------------------------------
+def test_a_request_is_read():
     request = read(prompt=" a dog\n", samples=2.0, top_p=None, speculate=4)
     assert (request.prompt, request.samples, request.seed) == ("a dog", 2, 7)
     assert isinstance(request.samples, int)
@@ -73,7 +73,7 @@ def test_bad_requests_are_refused_by_name(changes, message):
 
 
 @pytest.mark.parametrize("prompt", ['it\'s <b>"red"</b> $HOME `x`', "--seed 3", "two\nlines"])
-def test_the_command_asks_for_the_same(prompt, monkeypatch):
+def test_the_shown_command_gives_the_same_settings(prompt, monkeypatch):
     request = read(prompt=prompt, top_p=None)
     model = ModelOptions(ckpt="my run", base=BaseOptions(tokenizer="vq.pt"), dtype="bfloat16")
     words = shlex.split(request.command(model_words(model), stages=True))
@@ -85,10 +85,10 @@ def test_the_command_asks_for_the_same(prompt, monkeypatch):
     assert config.sampling == request.sampling and config.speculate == "auto" and config.stages
 
 
-# -- drawing that is watched -----------------------------------------------------------------------
+# -- drawing with previews -------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def model(tiny_world):
-    """4 x 4 codes of 8 pixels."""
+    """A model with 4 x 4 codes, each of 8 x 8 pixels."""
     backbone = t2i.load_backbone("llamagen", tiny_world / "base")
     return open_gates(t2i.attach(backbone, t2i.presets.iclr2026()))
 
@@ -97,7 +97,7 @@ def pixels(images) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
 
 
-def test_watched_images_are_the_same_as_unwatched_ones(model, monkeypatch):
+def test_previews_do_not_change_the_images(model, monkeypatch):
     monkeypatch.setattr(live, "_PAUSE", 0.0)
     monkeypatch.setattr(live, "_SHARE", 1e9)
     request = read(prompt="a photo of a star", speculate="off")
@@ -110,7 +110,7 @@ def test_watched_images_are_the_same_as_unwatched_ones(model, monkeypatch):
     assert (pixels(last.images) == pixels([one.image for one in expected])).all()
     assert [len(stages) for stages in last.stages] == [4, 4]
     assert (pixels(last.stages[1]) == pixels(expected[1].stages)).all()
-    assert [look.share for look in looks] == [0.25, 0.5, 0.75, 1], "a row of codes each"
+    assert [look.share for look in looks] == [0.25, 0.5, 0.75, 1], "a preview per row of codes"
     for row, look in enumerate(looks, start=1):
         for image in look.images:
             alpha = np.asarray(image.getchannel("A"))
@@ -118,7 +118,7 @@ def test_watched_images_are_the_same_as_unwatched_ones(model, monkeypatch):
     assert (pixels(looks[-1].images)[..., :3] == pixels(last.images)).all()
 
 
-def test_more_images_than_a_batch_has(model, monkeypatch):
+def test_more_images_than_fit_a_batch(model, monkeypatch):
     monkeypatch.setattr(live, "_PAUSE", 0.0)
     request = replace(read(speculate="off"), samples=17)
     shares = [(len(look.images), look.share) for look in draw_live(model, request)]
@@ -126,12 +126,12 @@ def test_more_images_than_a_batch_has(model, monkeypatch):
     assert {count for count, share in shares if share > 16 / 17} == {17}
 
 
-def test_looks_take_a_small_share_of_the_time(model, monkeypatch):
+def test_previews_keep_a_minimum_pause(model, monkeypatch):
     monkeypatch.setattr(live, "_PAUSE", 1e9)
     assert [look.share for look in draw_live(model, read())] == [0.25, 1]
 
 
-def test_several_sub_tokens_and_classes_and_strides(monkeypatch):
+def test_previews_with_sub_tokens_classes_and_strides(monkeypatch):
     monkeypatch.setattr(live, "_PAUSE", 0.0)
     for backbone, stride in ((tiny_open_magvit2(), 1), (tiny_llamagen("class"), 2)):
         model = open_gates(t2i.attach(backbone, t2i.presets.iclr2026(k=4)))
@@ -145,8 +145,10 @@ def test_several_sub_tokens_and_classes_and_strides(monkeypatch):
         next(draw_live(model, read()))
 
 
-def test_what_is_drawn_is_seen_with_more_of_it_below(model):
-    """Below the last codes the decoder reads those above again, not what is still zero."""
+def test_previews_repeat_drawn_codes_below_the_last_one(model):
+    """Below the last drawn codes the decoder reads the codes above them again, instead of the zeros
+    of codes that are not drawn yet.
+    """
     (drawn,) = draw_images(model, ["a star"], progress=False)
     windows = drawn.windows[None].clone()
     whole = np.asarray(so_far(model, model.windows, windows, 16)[0])
@@ -161,7 +163,7 @@ def test_what_is_drawn_is_seen_with_more_of_it_below(model):
     assert (half[..., :3] == np.asarray(below)).all()
 
 
-def test_closing_ends_the_work():
+def test_closing_reports_ends_the_work():
     told, ended = [], threading.Event()
 
     def work(report):
@@ -179,7 +181,7 @@ def test_closing_ends_the_work():
     assert ended.wait(10)
 
 
-def test_what_the_work_raises_is_raised():
+def test_errors_of_the_work_are_raised():
     def work(report):
         report(None)
         report(1)
@@ -191,7 +193,7 @@ def test_what_the_work_raises_is_raised():
         next(found)
 
 
-def test_too_little_memory_is_said(model, monkeypatch):
+def test_too_little_memory_is_reported(model, monkeypatch):
     def full(*args, **options):
         raise torch.OutOfMemoryError
 
@@ -200,12 +202,12 @@ def test_too_little_memory_is_said(model, monkeypatch):
         list(draw_live(model, read()))
 
 
-def test_what_is_not_read_of_a_prompt_is_said(model):
+def test_unread_parts_of_a_prompt_are_reported(model):
     *_, last = draw_live(model, read(prompt="a " * 100, samples=1))
     assert any("token" in note for note in last.notes), last.notes
 
 
-def test_trigger_words_that_a_prompt_lacks_are_said(model, tmp_path):
+def test_missing_trigger_words_are_reported(model, tmp_path):
     training = {"config": {"data": {"trigger": "drawn by xyz"}}}
     save_pretrained(model, tmp_path / "ckpt", tuning="codec", training=training)
     for prompt, notes in (("a star", 1), ("a star drawn by xyz", 0)):
@@ -229,12 +231,12 @@ def test_without_gradio_the_extra_is_named(refusal, monkeypatch):
         (("--ckpt", "shapes", "nowhere"), "checkpoint folder nowhere does not exist"),
     ],
 )
-def test_bad_options(arguments, message, refusal, monkeypatch):
+def test_bad_options_are_refused(arguments, message, refusal, monkeypatch):
     monkeypatch.setattr(run, "find_spec", lambda name: True)
     assert message in refusal(*arguments)
 
 
-def test_which_models():
+def test_options_name_the_models():
     moved = BaseOptions(weights="new/place")
     options = run.DemoConfig(ckpt=("a", "shapes", "a"), base=moved).models()
     assert list(options) == ["a", "shapes"]
@@ -269,7 +271,7 @@ def tab(address, tmp_path):
 
 
 def fill(tab, field: str, value: object) -> None:
-    """Type into a field, as far as the page can tell."""
+    """Type into a field: set its value and send the event that typing would send."""
     box = f"document.querySelector('#{field} textarea, #{field} input')"
     tab.wait(f"{box} !== null")
     tab.run(
@@ -297,10 +299,12 @@ def test_the_page_draws_and_refuses(tab, address, tmp_path):
     tab.wait("[...document.querySelectorAll('#pictures img')].every(i => i.naturalWidth == 64)")
     words = shlex.split(tab.run("document.querySelector('#command textarea').value"))
     assert words[words.index("--prompt") + 1] == PROMPT and words[words.index("--seed") + 1] == "5"
-    assert tab.run("document.querySelector('#evil') === null"), "text, not HTML"
+    assert tab.run("document.querySelector('#evil') === null"), "prompts and notes must be escaped"
     hosts = "performance.getEntriesByType('resource').map(r => new URL(r.name).origin)"
-    assert set(tab.run(hosts)) == {address.rstrip("/")}, "nothing from elsewhere"
-    assert tab.run("document.querySelector('#stages') === null"), "a base has none"
+    assert set(tab.run(hosts)) == {address.rstrip("/")}, (
+        "everything must be loaded from the demo's own address"
+    )
+    assert tab.run("document.querySelector('#stages') === null"), "a base has no stages"
     press(tab, "dice")
     tab.wait("document.querySelector('#seed input').value != '5'")
     assert tab.screenshot(tmp_path / "page.png").stat().st_size > 10_000
@@ -308,7 +312,7 @@ def test_the_page_draws_and_refuses(tab, address, tmp_path):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize("leave", ["Stop", "close the page"])
-def test_nobody_waits_for_what_nobody_wants(leave, tab, monkeypatch):
+def test_leaving_the_page_ends_the_drawing(leave, tab, monkeypatch):
     def endless(model, prompts, options, *, watch, samples_per_prompt, progress):
         windows = torch.zeros(1, 64, 1, 1, dtype=torch.long)
         while True:

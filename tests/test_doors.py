@@ -1,6 +1,7 @@
-"""No file from elsewhere runs code, reaches out of its folder, or fills the memory; pages escape.
+"""Files from others run no code, give no access outside their folder and do not fill the memory;
+pages escape text.
 
-One test a door, with a file that would leave a mark.
+There is a test for every way in ("door"), with a file that would leave a trace.
 """
 
 import io
@@ -42,7 +43,7 @@ from t2i.weights import read_folder, read_state_dict
 
 
 class Marks:
-    """Leaves a file when it is unpickled without care."""
+    """Creates a file if it is unpickled without restrictions."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -53,7 +54,7 @@ class Marks:
 
 @pytest.fixture
 def mark(tmp_path):
-    """The file that no test may leave."""
+    """A file that code from a pickle would create; fails the test if it exists at the end."""
     path = tmp_path / "executed"
     yield path
     assert not path.exists(), "code from a file was run"
@@ -95,8 +96,8 @@ def test_a_pickle_with_code_is_not_run(tmp_path, mark, door, raw):
             MPlug.load(tmp_path)
 
 
-def test_a_pickle_beside_the_training_state_is_not_read(plain, copied, tiny_world, mark):
-    """By somebody who made the manifest fit; the state itself is read as tensors alone."""
+def test_a_pickle_next_to_the_training_state_is_not_read(plain, copied, tiny_world, mark):
+    """Not even if the manifest lists it. Of the training state, only safetensors files are read."""
     folder = copied(plain)
     state = folder / "training_state"
     for path in (state / "zz.pt", state / "mp_rank_00_model_states.pt"):
@@ -107,7 +108,7 @@ def test_a_pickle_beside_the_training_state_is_not_read(plain, copied, tiny_worl
     assert train(tiny_run(tiny_world, folder.parents[1].name, resume=True)) == folder
 
 
-def test_a_pickle_in_the_place_of_the_training_state_is_refused(plain, copied, tiny_world, mark):
+def test_a_pickle_instead_of_the_training_state_is_refused(plain, copied, tiny_world, mark):
     folder = copied(plain)
     path = next((folder / "training_state").glob("*.safetensors"))
     _pickled(path, mark, raw=False)
@@ -126,8 +127,8 @@ def test_yaml_builds_no_objects(tmp_path, mark):
         MPlug.load(tmp_path)
 
 
-def test_code_beside_a_tokenizer_is_not_imported(tmp_path, mark, monkeypatch):
-    """Nor does anybody get asked whether it may be."""
+def test_code_next_to_a_tokenizer_is_not_imported(tmp_path, mark, monkeypatch):
+    """Not even if the answer to transformers' question whether to trust the code would be yes."""
     folder = write_tiny_base(tmp_path / "base") / "text_encoder"
     (folder / "own.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
     with edited(folder / "tokenizer_config.json") as settings:
@@ -156,7 +157,7 @@ def test_object_arrays_of_codes_are_refused(tmp_path, mark):
         LlamaGenCodes(tmp_path).codes([0])
 
 
-# -- out of the folder -----------------------------------------------------------------------------
+# -- files outside the folder ----------------------------------------------------------------------
 def _png(size: int = 32) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (size, size), "red").save(file, "PNG")
@@ -165,7 +166,7 @@ def _png(size: int = 32) -> bytes:
 
 @pytest.fixture
 def secret(tmp_path):
-    """A folder beside the data set with an image and a text that are nobody's business."""
+    """A folder next to the data set, with an image and a text that must stay private."""
     folder = tmp_path / "secret"
     folder.mkdir()
     (folder / "a.png").write_bytes(_png())
@@ -174,7 +175,7 @@ def secret(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["../secret/a.png", "x/../../secret/a.png", "absolute"])
-def test_metadata_that_name_images_outside(tmp_path, secret, how):
+def test_images_outside_the_folder_of_metadata_are_skipped(tmp_path, secret, how):
     data = tmp_path / "data"
     data.mkdir()
     (data / "in.png").write_bytes(_png())
@@ -185,14 +186,16 @@ def test_metadata_that_name_images_outside(tmp_path, secret, how):
     good, bad = (load_sample(source[i], ImageRules(32)) for i in range(2))
     assert isinstance(good, torch.Tensor)
     assert isinstance(bad, SkipSample) and bad.reason.startswith("outside the folder")
-    assert all(secret not in path.parents for _, path in source.files()), "not even hashed"
+    assert all(secret not in path.parents for _, path in source.files()), (
+        "it must not even be hashed"
+    )
     trusting = open_source(data, outside_images=True)
     assert isinstance(load_sample(trusting[1], ImageRules(32)), torch.Tensor)
     assert secret / "a.png" in [path for _, path in trusting.files()]
 
 
 @pytest.mark.parametrize("how", ["../secret/a.png", "absolute", "address"])
-def test_tables_that_name_images_outside(tmp_path, secret, how):
+def test_images_outside_the_folder_of_tables_are_skipped(tmp_path, secret, how):
     data = tmp_path / "data"
     data.mkdir()
     (data / "in.png").write_bytes(_png())
@@ -202,13 +205,13 @@ def test_tables_that_name_images_outside(tmp_path, secret, how):
     good, bad = (load_sample(sample, ImageRules(32)) for sample in source)
     assert isinstance(good, torch.Tensor)
     assert isinstance(bad, SkipSample) and bad.reason.startswith("outside the folder")
-    assert len(source.files()) == 2, "not even hashed"
+    assert len(source.files()) == 2, "it must not even be hashed"
     trusting = open_source(data / "0.parquet", outside_images=True)
     assert isinstance(load_sample(trusting[1], ImageRules(32)), torch.Tensor)
 
 
-def test_a_caption_that_is_a_link_to_a_key(tmp_path, secret):
-    """It would get into pages and model cards; a link to another caption is a link to a caption."""
+def test_a_caption_that_links_to_a_private_file_is_not_read(tmp_path, secret):
+    """Its text would appear in pages and model cards. Links to caption files are followed."""
     data = tmp_path / "data"
     data.mkdir()
     (secret / "b.txt").write_text("a square")
@@ -220,16 +223,18 @@ def test_a_caption_that_is_a_link_to_a_key(tmp_path, secret):
     assert ("a.txt", "link to a file that is not a caption file") in source.left_out
 
 
-def test_the_reason_is_named_where_all_captions_are_links(tmp_path, secret):
-    """It said that the file had no image of its name next to it."""
+def test_the_reason_is_named_if_all_captions_are_links(tmp_path, secret):
+    """The message used to say that the caption file has no image of its name."""
     (tmp_path / "a.png").write_bytes(_png())
     (tmp_path / "a.txt").symlink_to(secret / "id_rsa")
     with pytest.raises(UserError, match=r"\(a\.txt: link to a file that is not a caption file\)"):
         open_source(tmp_path)
 
 
-def test_links_into_stores_by_content(tmp_path):
-    """The caches of the hub and of DVC: names of hashes, which nobody can guess."""
+def test_links_into_content_addressed_stores_are_followed(tmp_path):
+    """The caches of the hub and of DVC link to files that are named by hashes, which nobody can
+    guess.
+    """
     snapshot = tmp_path / "snapshots" / "main"
     snapshot.mkdir(parents=True)
     pq.write_table(pa.table({"image": [_png()], "text": ["a dot"]}), tmp_path / "rows")
@@ -247,7 +252,7 @@ def test_links_into_stores_by_content(tmp_path):
 
 
 def test_tars_are_never_unpacked(tmp_path, secret):
-    """Links and names that lead out are entries like others: nothing is written or followed."""
+    """Entries are read in place: names that lead outside write nothing, links are not followed."""
     path = tmp_path / "data" / "0.tar"
     path.parent.mkdir()
     with tarfile.open(path, "w") as tar:
@@ -266,7 +271,7 @@ def test_tars_are_never_unpacked(tmp_path, secret):
     assert folder_content(tmp_path) == before and not (tmp_path.parent / "out.png").exists()
 
 
-def test_an_index_of_shards_names_files_of_its_folder_alone(tmp_path):
+def test_an_index_of_shards_may_only_name_files_in_its_folder(tmp_path):
     (tmp_path / "model").mkdir()
     save_file({"w": torch.zeros(1)}, tmp_path / "other.safetensors")
     index = {"weight_map": {"w": "../other.safetensors"}}
@@ -276,8 +281,10 @@ def test_an_index_of_shards_names_files_of_its_folder_alone(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["00000/stages/00000.json", "00000/samples/00001.png", "x"])
-def test_a_review_takes_no_key_along(tmp_path, secret, place):
-    """Its page is made to be given away: a link among others' images brought what it leads to."""
+def test_a_review_does_not_copy_private_files(tmp_path, secret, place):
+    """A review is made to be passed on, and its images may come from others. It used to copy
+    whatever file a link among them led to.
+    """
     images = tmp_path / "images"
     for name in ("samples", "stages"):
         (images / "00000" / name).mkdir(parents=True)
@@ -298,7 +305,7 @@ def test_a_review_takes_no_key_along(tmp_path, secret, place):
 
 # -- bombs -----------------------------------------------------------------------------------------
 def _huge_png(path: Path, side: int = 60000) -> Path:
-    """3.6 gigapixels in a few bytes."""
+    """Write a PNG of 3.6 gigapixels in a few bytes."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         crc = zlib.crc32(kind + content)
@@ -317,7 +324,7 @@ WANTED = {
 }
 
 
-def test_a_huge_picture_is_refused_undecoded(tmp_path):
+def test_a_huge_image_is_refused_without_decoding(tmp_path):
     path = _huge_png(tmp_path / "x.png")
     with pytest.raises(SkipSample, match="too large"):
         open_image(path)
@@ -327,7 +334,7 @@ def test_a_huge_picture_is_refused_undecoded(tmp_path):
         geneval.score([path], [WANTED])
 
 
-def test_a_huge_file_of_an_image_is_not_read(tmp_path, monkeypatch):
+def test_a_huge_image_file_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
     with path.open("wb") as file:
         file.truncate(3 << 30)  # sparse
@@ -361,12 +368,14 @@ def test_a_run_page_escapes_what_it_shows(tiny_world, plain, copied):
     with edited(run_dir / "config.json") as config:
         config["sheet_prompts"] = ["<script>alert(1)</script>"]
     (run_dir / "samples").mkdir(exist_ok=True)
-    for name in ("step_000001", '"><script>2'):  # the second is no sheet of a run
+    for name in ("step_000001", '"><script>2'):  # the second is not a run's sheet
         (run_dir / "samples" / f"{name}.png").write_bytes(_png())
     page = write_run_page(run_dir).read_text()
-    assert page.count("<script") == 1, "its own"
+    assert page.count("<script") == 1, "only the page's own script"
     assert "<b>" not in page and "2.png" not in page
-    assert page.count("&lt;script&gt;") >= 2, "the prompt, below its sheet and among the settings"
+    assert page.count("&lt;script&gt;") >= 2, (
+        "the prompt appears below its sheet and in the settings"
+    )
 
 
 def test_no_token_is_written(tiny_world, monkeypatch, caplog, capfd):

@@ -1,5 +1,5 @@
-"""The stages of a benchmark on a toy one: what is finished is kept, what is wrong is named, and
-numbers rest on all images.
+"""The stages of an evaluation, with a toy benchmark: finished work is kept, faults are named, and
+scores cover all images.
 """
 
 import errno
@@ -28,7 +28,7 @@ SCOPE = Scope(samples=2)
 
 
 class Bright:
-    """Is the image brighter than grey? Counts how often it is asked."""
+    """A benchmark: is the image brighter than gray? `asked` collects the images it judged."""
 
     name, label, best, decimals = "Bright", "toy prompts", 1.0, 2
     legend = "the rate of bright images"
@@ -75,8 +75,8 @@ def images(tmp_path):
     return folder
 
 
-def test_what_the_main_process_refuses_ends_the_others(images, tmp_path):
-    """They waited for it, where a launcher did not end them."""
+def test_a_refusal_by_the_main_process_ends_the_others(images, tmp_path):
+    """The others used to wait for the main process forever, unless a launcher ended them."""
 
     class Other(Processes):
         def on_main(self, work):
@@ -89,7 +89,7 @@ def test_what_the_main_process_refuses_ends_the_others(images, tmp_path):
         evaluate(Bright(), tmp_path / "out", images=images, scope=SCOPE, processes=Other(1, 2))
 
 
-def test_finished_verdicts_are_kept_until_the_image_or_the_judge_changes(images, tmp_path):
+def test_verdicts_are_kept_until_the_image_or_the_judge_changes(images, tmp_path):
     out = tmp_path / "out"
     stopped = Bright(stop_after=5)
     with pytest.raises(KeyboardInterrupt):
@@ -112,9 +112,11 @@ def test_finished_verdicts_are_kept_until_the_image_or_the_judge_changes(images,
     assert changed.asked == ["00002/samples/00000.png"]
     assert results["scores"]["overall"]["mean"] == 0.625
     overlays = {p.name for p in out.glob("verdicts/*/overlays/*")}
-    assert overlays == {f"{i:05d}_00000.png" for i in (0, 1, 3)}, "only what failed has one"
+    assert overlays == {f"{i:05d}_00000.png" for i in (0, 1, 3)}, (
+        "only failed images have an overlay"
+    )
     assert len(list((out / "gallery" / "pictures").glob("*.webp"))) == 3
-    assert mine.exists(), "deleted with the pictures that are not shown any more"
+    assert mine.exists(), "a user's file was deleted with pictures that are no longer shown"
 
     stricter = Bright(threshold=250)
     evaluate(stricter, out, images=images, scope=SCOPE)
@@ -127,8 +129,8 @@ def test_finished_verdicts_are_kept_until_the_image_or_the_judge_changes(images,
 
 
 @pytest.mark.parametrize("place", ["00002.jsonl", "index.html", "results.json"])
-def test_a_full_disk_is_named_and_the_rest_follows(images, tmp_path, monkeypatch, place):
-    """Case 7: while verdicts, gallery or report are written."""
+def test_a_full_disk_is_named_and_the_rest_is_judged_later(images, tmp_path, monkeypatch, place):
+    """Case 7: the disk fills up while verdicts, the gallery or the report are written."""
     replace_file = os.replace
 
     def full(source, target):
@@ -146,7 +148,7 @@ def test_a_full_disk_is_named_and_the_rest_follows(images, tmp_path, monkeypatch
     assert twice == ({"00002/samples/00000.png"} if place == "00002.jsonl" else set())
 
 
-def test_the_result_does_not_depend_on_what_was_asked_for_before(images, tmp_path):
+def test_the_result_does_not_depend_on_earlier_limits(images, tmp_path):
     partial = evaluate(Bright(), tmp_path / "a", images=images, scope=replace(SCOPE, limit=2))
     assert partial["status"] == "PARTIAL: 2 of 4 prompts"
     assert partial["coverage"]["expected"] == partial["scores"]["overall"]["images"] == 4
@@ -204,7 +206,7 @@ def spoil(path: Path, how: str) -> None:
         ("00002/metadata.jsonl", "text", ["00002/metadata.jsonl cannot be read"]),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_named(images, tmp_path, name, how, messages):
+def test_faults_of_a_folder_are_named(images, tmp_path, name, how, messages):
     spoil(images / name, how)
     with pytest.raises(ValueError) as refused:
         evaluate(Bright(), tmp_path / "out", images=images, scope=SCOPE)
@@ -212,7 +214,7 @@ def test_what_is_wrong_with_a_folder_is_named(images, tmp_path, name, how, messa
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_a_folder_with_fewer_samples_of_every_prompt_is_told_how_to_say_so(images, tmp_path):
+def test_too_few_samples_of_every_prompt_suggest_the_option(images, tmp_path):
     with pytest.raises(ValueError, match="if 2 a prompt is meant, give --samples 2; else add them"):
         evaluate(Bright(), tmp_path / "out", images=images, scope=replace(SCOPE, samples=4))
     (images / "00001/samples/00001.png").unlink()
@@ -221,8 +223,10 @@ def test_a_folder_with_fewer_samples_of_every_prompt_is_told_how_to_say_so(image
 
 
 @pytest.mark.parametrize("content", ['{"model": "sdxl"}', '["a"]', '{"seed": 1, "sampling": 2}'])
-def test_a_file_of_another_program_beside_the_images(images, tmp_path, content):
-    """It ended the report in a traceback, after all images had been judged."""
+def test_another_programs_generation_json_is_ignored(images, tmp_path, content):
+    """Valid JSON of another program is ignored; invalid JSON is refused before judging.
+    The report used to end in a traceback, after all images had been judged.
+    """
     (images / "generation.json").write_text(content)
     results = evaluate(Bright(threshold=255), tmp_path / "out", images=images, scope=SCOPE)
     assert results["generation"] is None and results["status"] == "complete"
@@ -233,15 +237,17 @@ def test_a_file_of_another_program_beside_the_images(images, tmp_path, content):
     assert unasked.asked == []
 
 
-def test_results_name_files_that_are_there(images, tmp_path):
-    """GenEval's own names: results and gallery named 00001/samples/00000.png."""
+def test_results_name_files_as_they_are_on_disk(images, tmp_path):
+    """GenEval's own code writes 1/samples/0000.png; results and gallery used to name
+    00001/samples/00000.png instead.
+    """
     for path in images.glob("*/samples/*.png"):
         path.rename(path.with_name(path.name[1:]))
     (images / "00001").rename(images / "1")
     evaluate(Bright(threshold=255), tmp_path / "out", images=images, scope=SCOPE)
     rows = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
     assert sum((images / row["filename"]).is_file() for row in rows) == 8
-    (images / "1").rename(images / "00001")  # no verdict is repeated for that
+    (images / "1").rename(images / "00001")  # a new name is no reason to judge again
     evaluate(Bright(threshold=255), tmp_path / "out", images=images, scope=SCOPE)
     rows = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
     assert sum((images / row["filename"]).is_file() for row in rows) == 8
@@ -249,7 +255,7 @@ def test_results_name_files_that_are_there(images, tmp_path):
 
 
 def deep_grey(path):
-    """16 bits a channel: Pillow's conversion makes all but the darkest values white."""
+    """Write 16 bits per channel, of which Pillow's conversion makes all but the darkest white."""
     Image.fromarray(np.full((8, 8), 500, np.uint16)).save(path)
 
 
@@ -259,8 +265,8 @@ def damaged_header(path):
 
 
 @pytest.mark.parametrize("spoil", [deep_grey, damaged_header])
-def test_an_image_that_cannot_be_judged_is_named(images, tmp_path, spoil):
-    """One was judged as white, the other ended the judging in a traceback."""
+def test_unreadable_images_are_named(images, tmp_path, spoil):
+    """A 16-bit image used to be judged as white, and a damaged header to end in a traceback."""
     spoil(images / "00001/samples/00000.png")
     with pytest.raises(UserError, match=r"1 of 8 images cannot be judged: .*00001/samples/00000"):
         evaluate(Bright(), tmp_path / "out", images=images, scope=SCOPE)
@@ -270,11 +276,11 @@ def test_an_image_that_cannot_be_judged_is_named(images, tmp_path, spoil):
 
 
 @pytest.mark.parametrize("how", ["remove", "truncate"])
-def test_an_incomplete_folder_gives_a_flagged_result_on_request_and_no_zeros(images, tmp_path, how):
+def test_incomplete_folders_give_flagged_results_on_request(images, tmp_path, how):
     spoil(images / "00001/samples/00000.png", how)
     scope = replace(SCOPE, allow_incomplete=True)
     results = evaluate(Bright(), tmp_path / "out", images=images, scope=scope)
-    assert results["scores"]["overall"]["mean"] == 4 / 7, "the lost image is no failure"
+    assert results["scores"]["overall"]["mean"] == 4 / 7, "a lost image does not count as a failure"
     assert results["status"].startswith("INCOMPLETE: 7 of 8 images")
     coverage = results["coverage"]
     assert "00001/samples/00000.png" in "".join(coverage["missing"] + coverage["unreadable"])
@@ -284,7 +290,7 @@ def test_an_incomplete_folder_gives_a_flagged_result_on_request_and_no_zeros(ima
     assert repaired.asked == ["00001/samples/00000.png"]
 
 
-def test_more_of_what_is_refused(images, tmp_path):
+def test_unusable_folders_are_refused(images, tmp_path):
     def message(out=tmp_path / "out", folder=images, benchmark=None, **scope) -> str:
         with pytest.raises(ValueError) as refused:
             evaluate(benchmark or Bright(), out, images=folder, scope=replace(SCOPE, **scope))
@@ -312,7 +318,7 @@ def test_more_of_what_is_refused(images, tmp_path):
         BenchmarkOptions()
 
 
-def test_harmless_names_are_left_alone(images, tmp_path, caplog):
+def test_unrelated_files_are_left_alone(images, tmp_path, caplog):
     for name in (
         "grid.png",
         "00001/grid.png",
@@ -326,7 +332,7 @@ def test_harmless_names_are_left_alone(images, tmp_path, caplog):
 
 
 # -- comparison ------------------------------------------------------------------------------------
-def test_paired_differences_cancel_what_prompts_share():
+def test_paired_differences_cancel_the_difficulty_of_prompts():
     rng = np.random.default_rng(0)
     hard, gain = rng.uniform(0.1, 0.9, 60), rng.normal(0.05, 0.02, 60)
     a = {"x": {str(i): [v] for i, v in enumerate(hard)}}
@@ -346,7 +352,7 @@ def test_overall_difference_weighs_groups_equally():
     b = {"x": {"1": [1, 1], "2": [1, 1]}, "y": {str(i): [0.0] for i in range(9)}}
     overall, by_group = paired_differences(a, b)
     assert overall.difference == 0.5 and by_group["y"].difference == 0
-    assert overall.stderr == 0, "no prompt differs from the others of its group"
+    assert overall.stderr == 0, "all prompts of a group have the same difference"
     single, _ = paired_differences({"x": {"1": [0]}}, {"x": {"1": [1]}})
     assert single.stderr is None
     with pytest.raises(ValueError, match="1 in both, 1 only in A, 0 only in B"):
@@ -356,7 +362,7 @@ def test_overall_difference_weighs_groups_equally():
         paired_differences(several, {"x": {"1": [0]}, "y": {"1": [0]}})
 
 
-def test_folders_are_compared_if_they_can_be(images, tmp_path):
+def test_only_comparable_folders_are_compared(images, tmp_path):
     evaluate(Bright(), tmp_path / "a", images=images, scope=SCOPE)
     evaluate(Bright(), tmp_path / "c", images=images, scope=replace(SCOPE, limit=2))
     evaluate(Bright(threshold=9), tmp_path / "d", images=images, scope=SCOPE)
@@ -372,7 +378,7 @@ def test_folders_are_compared_if_they_can_be(images, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             compare_folders(tmp_path / "a", tmp_path / other, groups_of)
-    # What another program, or another version, has left.
+    # results.json of another program or version
     results = json.loads((tmp_path / "b" / "results.json").read_text())
     for content in ({}, [], results | {"scores": 1}, {"scores": {}, "images": "a"}):
         (tmp_path / "b" / "results.json").write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""What refinement does, in numbers, and launch/analyze.py with its page."""
+"""The measures of what refinement does, and launch/analyze.py with its page."""
 
 import math
 from dataclasses import asdict, replace
@@ -44,8 +44,10 @@ from t2i.training.validation import validate
 
 # -- numbers ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stride", [1, 2])
-def test_one_pass_has_the_distributions_of_drawing(backbone, stride):
-    """Drawn greedily with guidance, every code of every slot was the one that could be drawn."""
+def test_predict_gives_the_distributions_of_drawing(backbone, stride):
+    """One pass over greedily drawn windows, with the guidance they were drawn with, gives every
+    code of every slot the probability 1.
+    """
     model = open_gates(TensorAR(backbone, presets.iclr2026()).eval())
     prepared, keys = tiny_prepared(backbone, 3), make_keys(0, torch.arange(3))
     greedy = SamplingConfig(cfg_scale=3.0, temperature=0.0, stride=stride)
@@ -57,11 +59,11 @@ def test_one_pass_has_the_distributions_of_drawing(backbone, stride):
         said = predict(model, prepared, windows, windows, sampling)
         return float((said.log_probs[:, valid] > -1e-3).float().mean())
 
-    assert certain(greedy) > 0.97, "but for codes that are as likely up to rounding"
+    assert certain(greedy) > 0.97, "all but codes that tie up to rounding"
     assert certain(replace(greedy, cfg_scale=1.0)) < 0.9
 
 
-def test_probabilities_and_entropies_belong_together():
+def test_probabilities_sum_to_one_and_give_the_entropies():
     model = open_gates(TensorAR(tiny_llamagen("class"), presets.iclr2026()).eval())
     prepared, codes = tiny_prepared(model.backbone, 1), tiny_codes(model.backbone, 1, 16)
     windows, sampling = model.windows.gather(codes), SamplingConfig(top_k=5, temperature=0.7)
@@ -75,8 +77,8 @@ def test_probabilities_and_entropies_belong_together():
     assert torch.allclose(torch.special.entr(p).sum(0), every[0].entropies.double(), atol=1e-4)
 
 
-def test_stages_by_hand():
-    """4 positions, k = 2: the first one is never a draft."""
+def test_stage_statistics_by_hand():
+    """4 positions, k = 2: the first position is never a draft."""
     geometry = Windows(4, 2)
     windows = torch.tensor([[[0, 1], [1, 7], [2, 8], [3, 3]], [[0, 1], [1, 2], [2, 8], [3, 3]]])
     p, q = torch.tensor([1.0, 0.5, 0.2]), torch.tensor([0.4, 0.2, 0.4])  # of positions 1 to 3
@@ -88,15 +90,15 @@ def test_stages_by_hand():
     assert found["flipped"]["stderr"] == [pytest.approx(1 / 6)]
     assert found["two_draws"]["mean"] == [pytest.approx(1.7 / 3)]
     assert found["total_variation"]["mean"] == [pytest.approx((0.6 + 0.6 + 0) / 3)]
-    log_probs[0, 3, 0] = log_probs[0, 2, 1] = -torch.inf  # beyond a filter by rounding
+    log_probs[0, 3, 0] = log_probs[0, 2, 1] = -torch.inf  # removed by a filter, through rounding
     again = of_stages(windows[..., None], log_probs, geometry)
     assert again["total_variation"]["mean"] == [pytest.approx(0.4)]
 
 
 @pytest.mark.parametrize(("k", "stride"), [(4, 1), (4, 2), (4, 3), (8, 3), (9, 4), (16, 1)])
-def test_only_codes_with_every_stage_count(k, stride):
-    """Where every prediction is another code, no code agrees with a draft: positions that were
-    never drafted counted as agreeing.
+def test_only_codes_that_pass_every_stage_count(k, stride):
+    """If every prediction is a different code, no final code agrees with a draft. Positions that
+    were never drafted used to count as agreeing.
     """
     geometry = Windows(16, k, stride)
     windows = torch.arange(geometry.count * k).view(1, geometry.count, k, 1)
@@ -117,9 +119,9 @@ def test_total_variation_is_estimated_without_bias():
     assert abs(found["mean"][0] - exact) < 4 * found["stderr"][0] < 0.02 < exact
 
 
-def test_shares_of_nothing_are_left_out():
-    """Of a young model no draft is right: "nan" stood in the table and, which is no JSON, in the
-    file.
+def test_shares_without_cases_are_left_out():
+    """A barely trained model may have no draft that is right. The table and the JSON file used to
+    hold "nan" then, which is not valid JSON.
     """
     counts = torch.zeros(2, 2, 2)
     counts[0, 1, 0] = counts[0, 0, 0] = 3
@@ -134,7 +136,7 @@ def test_settings_survive_json():
 
 
 @pytest.mark.parametrize("method", ["iclr2026", "arxiv2505"])
-def test_costs_by_formula_and_as_counted(method):
+def test_counted_costs_equal_the_formulas(method):
     backbone = t2i.load_backbone("llamagen", "shapes", device="cpu")
     cost = cost_of(TensorAR(backbone, presets.method(method)).eval())
     assert cost["codec_parameters"] == cost["codec_by_formula"] > 0
@@ -147,7 +149,7 @@ def test_costs_by_formula_and_as_counted(method):
 # -- the program -----------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def page(tiny_world, plain, tmp_path_factory):
-    """Of a run beside its control, moved after it was written."""
+    """The page of a run and its control, in a folder that was moved after it was written."""
     control = tiny_run(tiny_world, "analyzed-control", method=presets.base())
     train(control)
     out = tmp_path_factory.mktemp("analysis")
@@ -156,7 +158,7 @@ def page(tiny_world, plain, tmp_path_factory):
     return (out / "a").rename(out / "moved") / "index.html"
 
 
-def test_the_numbers_of_a_run(page, tiny_world, plain):
+def test_the_numbers_of_a_run_and_its_control(page, tiny_world, plain):
     found = read_json(page.with_name("evidence.json"))
     model, control = found["model"], found["control"]
     assert found["missing"] == [] and found["settings"]["images"] == 6
@@ -166,7 +168,7 @@ def test_the_numbers_of_a_run(page, tiny_world, plain):
     assert len(model["drawn"]["entropy"]["mean"]) == 3
     assert len(control["drawn"]["entropy"]["mean"]) == 1 and "stages" not in control["drawn"]
     assert set(found["repairs"]) >= {"corrected", "spoilt", "control_corrected"}
-    # What the held-out set says is what validation says.
+    # The held-out losses equal those of validation.
     loaded = t2i.from_pretrained(plain, device="cpu")
     data = TrainingData(tiny_run(tiny_world, "plain"), loaded.backbone, start_processes())
     data.validation = data.validation[:6]
@@ -183,7 +185,7 @@ def test_the_numbers_of_a_run(page, tiny_world, plain):
     assert "01_flip_rate_by_stage" in names and len(names) >= 8
 
 
-def test_what_is_missing_is_said(shapes_ckpt, tiny_world, plain, tmp_path, capsys):
+def test_missing_parts_are_listed_with_reasons(shapes_ckpt, tiny_world, plain, tmp_path, capsys):
     few = ("--prompt", "a photo of a <b>star</b>", "--samples", 1, "--out", tmp_path / "a")
     program(run, "--ckpt", shapes_ckpt, *few)
     found = read_json(tmp_path / "a" / "evidence.json")
@@ -199,7 +201,7 @@ def test_what_is_missing_is_said(shapes_ckpt, tiny_world, plain, tmp_path, capsy
     assert any("has changed since the run" in line for line in said)
 
 
-def test_what_cannot_be_analyzed(refusal, plain, tmp_path, monkeypatch):
+def test_bad_options_are_refused(refusal, plain, tmp_path, monkeypatch):
     assert "no model: give --ckpt" in refusal()
     few = ("--ckpt", plain, "--prompt", "x", "--held-out", "0", "--out", tmp_path / "a")
     assert "draws other codes" in refusal(*few, "--control", "shapes")
@@ -211,8 +213,10 @@ def test_what_cannot_be_analyzed(refusal, plain, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [("shapes",), (None, "--window", 1), (None, "--stride", 4)])
-def test_one_stage_has_no_drafts(shapes_ckpt, tmp_path, settings):
-    """A base, and a model whose settings leave it none: the page named a cause that was not it."""
+def test_models_that_draw_codes_once_have_no_drafts(shapes_ckpt, tmp_path, settings):
+    """A base, and a model whose settings leave only one stage: the page used to give a wrong
+    reason why there are no drafts.
+    """
     ckpt, *others = settings
     few = ("--prompt", "x", "--samples", 1, "--held-out", 0, "--out", tmp_path / "a")
     program(run, "--ckpt", ckpt or shapes_ckpt, *few, *others)
@@ -223,7 +227,7 @@ def test_one_stage_has_no_drafts(shapes_ckpt, tmp_path, settings):
 
 
 def test_a_window_of_the_whole_image(tiny_world, tmp_path):
-    """Only the last code went through all stages."""
+    """Only the last code passes all stages."""
     backbone = t2i.load_backbone("llamagen", tiny_world / "base", device="cpu")
     model = t2i.attach(backbone, presets.iclr2026(k=math.prod(backbone.spec.grid)))
     t2i.save_pretrained(model, tmp_path / "ckpt", tuning="codec")
@@ -242,12 +246,12 @@ def tab(browser, page):
     assert browser.errors == []
 
 
-def test_the_page(tab):
+def test_the_page_shows_charts_and_stages(tab):
     titles = tab.run(seen(".chart", "e.querySelector('text').textContent"))
     assert titles[:3] == [
         "Flip rate by stage", "Drafts against the final code", "Loss by slot, held-out images"
     ]  # fmt: skip
-    assert "Training loss" in titles, "of the run's metrics"
+    assert "Training loss" in titles, "from the run's metrics"
     tab.run("document.querySelectorAll('.chart')[1].focus()")
     tab.press("ArrowRight")
     tab.press("ArrowLeft")
@@ -261,20 +265,20 @@ def test_the_page(tab):
     assert tab.run("document.querySelector('.frames img').naturalWidth") > 0
 
 
-def test_on_a_phone_and_in_the_dark(tab):
+def test_the_page_fits_a_phone_in_dark_mode(tab):
     with phone_in_the_dark(tab):
         assert tab.run(WIDTH) <= 375
 
 
 def test_the_settings_of_reward_runs_are_read(monkeypatch):
-    """They have more than other runs, which the page has no use for."""
+    """Reward runs have additional settings, which the page ignores."""
     config = reward_recipes.recipes()["shapes-reward"][1]
     monkeypatch.setattr(run, "_training", lambda options: {"config": as_json(config)})
     found = run._run_config(SimpleNamespace(checkpoint="run"))
     assert found.data == config.data and found.log.prompts == config.log.prompts
 
 
-def test_trigger_words_are_in_the_runs_prompts_and_asked_for_in_others(tmp_path, caplog):
+def test_trigger_words_are_added_to_the_runs_prompts_only(tmp_path, caplog):
     trained = tiny_run(tmp_path, "x", log__prompts=("a star",), data__trigger="by xyz")
     backbone = t2i.load_backbone("llamagen", write_tiny_base(tmp_path / "base"))
     model = t2i.attach(backbone, t2i.presets.base())

@@ -1,4 +1,4 @@
-"""Scoring sets of images: what is read, what is refused, what the results say."""
+"""Scoring sets of images (FID, sFID, IS, precision, recall): inputs, refusals, scores, program."""
 
 import json
 import logging
@@ -45,7 +45,7 @@ def read(path, size=3):
 
 @pytest.fixture
 def network(monkeypatch):
-    """Four features of the mean colours in the place of Inception's, and a head of two classes."""
+    """Replaces Inception by four features of an image's mean color and a head of two classes."""
     weights = normals(make_keys(5), 3, 4)
 
     def tiny(network, images):
@@ -65,7 +65,7 @@ def score(samples, reference, network, **options):
 
 # -- reading ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("compressed", [False, True])
-def test_npz_is_read_in_file_order_and_not_at_once(tmp_path, compressed):
+def test_npz_is_read_in_batches_in_file_order(tmp_path, compressed):
     images = pictures(7)
     path = write_npz(tmp_path / "a.npz", images, compressed)
     assert open_images(path).count == 7
@@ -73,7 +73,7 @@ def test_npz_is_read_in_file_order_and_not_at_once(tmp_path, compressed):
     assert [len(batch) for batch in open_images(path).batches(3)] == [3, 3, 1]
 
 
-def test_the_first_images_of_a_cut_npz_are_there_before_the_cut_is_met(tmp_path):
+def test_a_truncated_npz_is_read_up_to_the_cut(tmp_path):
     images = pictures(3000)
     path = tmp_path / "a.npz"
     with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as file:
@@ -96,13 +96,13 @@ def test_the_first_images_of_a_cut_npz_are_there_before_the_cut_is_met(tmp_path)
         ({"arr_0": pictures(2)[:0]}, r"uint8 \[0, 8, 8, 3\]"),
     ],
 )
-def test_other_npz_files_are_refused(tmp_path, arrays, message):
+def test_npz_files_without_uint8_images_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         open_images(tmp_path / "a.npz")
 
 
-def test_other_files_are_refused(tmp_path):
+def test_damaged_or_missing_files_are_refused(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"no zip")
     with pytest.raises(ValueError, match=r"a\.npz is not a readable \.npz file"):
         open_images(tmp_path / "a.npz")
@@ -122,8 +122,10 @@ def test_other_files_are_refused(tmp_path):
         open_images(tmp_path / "e.npz")
     with pytest.raises(ValueError, match="none does not exist; give an"):
         open_images(tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no images"):
-        open_images(write_folder(tmp_path / "c", []) if (tmp_path / "c").mkdir() else tmp_path)
+    (tmp_path / "c").mkdir()
+    for folder in (tmp_path, tmp_path / "c"):
+        with pytest.raises(ValueError, match="holds no images"):
+            open_images(folder)
 
 
 def test_folders_of_any_layout(tmp_path):
@@ -135,7 +137,7 @@ def test_folders_of_any_layout(tmp_path):
     np.testing.assert_array_equal(read(nested), images)
 
 
-def test_of_a_generation_folder_only_the_samples_count(tmp_path):
+def test_only_the_samples_of_a_generation_folder_are_read(tmp_path):
     images = pictures(4)
     folder = write_folder(tmp_path, images, "{:05d}/samples/00000.png")
     write_folder(tmp_path, pictures(4, seed=1), "{:05d}/stages/00000_1.png")
@@ -153,7 +155,7 @@ def test_a_broken_image_is_named(tmp_path):
 
 
 # -- scores ----------------------------------------------------------------------------------------
-def test_a_set_against_itself(tmp_path, network):
+def test_a_set_compared_with_itself(tmp_path, network):
     images = pictures(12)
     folder = write_folder(tmp_path / "images", images)
     file = write_npz(tmp_path / "a.npz", images)
@@ -168,8 +170,8 @@ def test_a_set_against_itself(tmp_path, network):
     assert other["samples"]["pixels_sha256"] != found["samples"]["pixels_sha256"]
 
 
-def test_precision_and_recall_are_not_exchanged(tmp_path, network):
-    """Samples that are a part of the reference lie within it, and do not cover it."""
+def test_precision_and_recall_are_not_swapped(tmp_path, network):
+    """Samples that are half of the reference lie within it (precision 1) but do not cover it."""
     images = np.concatenate([pictures(10, shift=150), pictures(10) // 4])
     found = score(
         write_npz(tmp_path / "a.npz", images[:10]), write_npz(tmp_path / "b.npz", images), network
@@ -186,7 +188,7 @@ def test_the_batch_size_does_not_matter(tmp_path, network):
     assert first["samples"] == second["samples"]
 
 
-def test_torchs_default_type_does_not_matter(tmp_path, network):
+def test_results_do_not_depend_on_torchs_default_dtype(tmp_path, network):
     samples = write_npz(tmp_path / "a.npz", pictures(8))
     wanted = score(samples, samples, network)["inception_score"]
     torch.set_default_dtype(torch.bfloat16)  # as other models' code does
@@ -196,7 +198,7 @@ def test_torchs_default_type_does_not_matter(tmp_path, network):
         torch.set_default_dtype(torch.float32)
 
 
-def test_stored_statistics_win_over_the_images(tmp_path, network):
+def test_stored_statistics_are_used_instead_of_the_images(tmp_path, network):
     samples = write_npz(tmp_path / "a.npz", pictures(12))
     plain = score(samples, write_npz(tmp_path / "plain.npz", pictures(9, seed=1)), network)
     statistics = {
@@ -228,7 +230,7 @@ def test_stored_statistics_win_over_the_images(tmp_path, network):
 
 
 def test_a_stored_mean_is_not_rounded(tmp_path):
-    """The evaluator subtracts it as it is."""
+    """ADM's evaluator subtracts the mean in the precision in which it is stored."""
     mean = np.full(4, 1 + 1e-8)
     np.savez(tmp_path / "stored.npz", mu=mean, sigma=np.eye(4))
     stored = fid.read_statistics(tmp_path / "stored.npz", "mu", "sigma")
@@ -252,14 +254,14 @@ def test_a_stored_mean_is_not_rounded(tmp_path):
         ),
     ],
 )
-def test_statistics_that_do_not_fit(tmp_path, network, statistics, message, monkeypatch):
-    monkeypatch.setattr(fid, "extract", None)  # said before any image is looked at
+def test_unfitting_statistics_are_refused(tmp_path, network, statistics, message, monkeypatch):
+    monkeypatch.setattr(fid, "extract", None)  # the refusal comes before any image is read
     np.savez(tmp_path / "reference.npz", **statistics)
     with pytest.raises(ValueError, match=message):
         score(write_npz(tmp_path / "a.npz", pictures(5)), tmp_path / "reference.npz", network)
 
 
-def test_broken_samples_are_met_before_the_reference_is_read(tmp_path, network, monkeypatch):
+def test_broken_samples_are_refused_before_the_reference_is_read(tmp_path, network, monkeypatch):
     folder = write_folder(tmp_path / "samples", pictures(4))
     (folder / "000.png").write_bytes((folder / "000.png").read_bytes()[:60])
     reference = write_npz(tmp_path / "reference.npz", pictures(5))
@@ -269,8 +271,8 @@ def test_broken_samples_are_met_before_the_reference_is_read(tmp_path, network, 
 
 
 def test_inception_score_of_files_and_folders(tmp_path, network, caplog, monkeypatch):
-    """Sorted by class, the parts of a set hold one class each: a file is scored so, a folder is
-    shuffled first.
+    """A file is scored in its order, a folder is shuffled first. The images are sorted by class, so
+    in file order each part of the set holds one class.
     """
     monkeypatch.setattr(measures.inception_score, "__defaults__", (10,))
     images = np.zeros((40, 2, 2, 3), np.uint8)
@@ -301,7 +303,7 @@ def test_fewer_images_than_the_protocol(tmp_path, network, monkeypatch):
     assert found["n"] == 5
 
 
-def test_too_few_for_any_statistics(tmp_path, network):
+def test_too_few_images_for_the_scores_are_refused(tmp_path, network):
     one, three = (write_npz(tmp_path / f"{n}.npz", pictures(n)) for n in (1, 3))
     four = write_npz(tmp_path / "4.npz", pictures(4))
     for samples, reference, least in ((one, four, "1.npz holds 1"), (four, three, "3.npz holds 3")):
@@ -316,7 +318,7 @@ def test_too_few_for_any_statistics(tmp_path, network):
         measures.compare_manifolds(torch.zeros(3, 4), torch.zeros(3, 4))
 
 
-def test_blocks_do_not_change_the_manifold(monkeypatch):
+def test_the_block_size_does_not_change_the_manifolds(monkeypatch):
     reference, samples = normals(make_keys(1), 23, 6), normals(make_keys(2), 17, 6) + 1
     whole = measures.compare_manifolds(reference, samples)
     assert 0 < whole.precision < 1 and 0 < whole.recall < 1
@@ -326,7 +328,7 @@ def test_blocks_do_not_change_the_manifold(monkeypatch):
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name
 
 
-def test_half_precision_is_left_only_where_a_block_overflows(monkeypatch):
+def test_full_precision_is_used_only_where_half_precision_overflows(monkeypatch):
     features = normals(make_keys(1), 8, 6)
     features[4:] += 300  # squared norms beyond 65,504
     single = measures.full_distances(features[:4], features[:4])
@@ -335,7 +337,7 @@ def test_half_precision_is_left_only_where_a_block_overflows(monkeypatch):
     assert torch.equal(whole, measures.full_distances(features, features))
 
 
-def test_statistics_of_many_rows(monkeypatch):
+def test_statistics_in_blocks_of_rows(monkeypatch):
     features = normals(make_keys(1), 50, 6) + 100
     monkeypatch.setattr(measures, "_ROWS", 7)
     found = measures.feature_statistics(features)
@@ -362,7 +364,7 @@ def test_wrong_weights_are_refused(tmp_path, random_network, monkeypatch):
         inception.load_inception(path)
     trusted = replace(inception.PUBLISHED, hashes=("",))
     monkeypatch.setattr(inception, "PUBLISHED", trusted)
-    loaded, digest = inception.load_inception(tmp_path)  # the folder
+    loaded, digest = inception.load_inception(tmp_path)  # the folder instead of the file
     assert len(digest) == 64
     assert torch.equal(loaded.fc.weight, network.fc.weight)
     torch.save({"fc.weight": torch.zeros(1)}, path)
@@ -377,7 +379,7 @@ def test_wrong_weights_are_refused(tmp_path, random_network, monkeypatch):
         inception.load_inception()
 
 
-def test_images_of_several_sizes(random_network):
+def test_features_do_not_depend_on_other_images_sizes(random_network):
     network, _ = random_network
     images = [pictures(1, side=20)[0], pictures(1, seed=1, side=40)[0]]
     mixed = extract(network, images)
@@ -424,14 +426,14 @@ def test_the_program(tmp_path, network, monkeypatch, capsys):
         assert message in capsys.readouterr().err
     write_folder(tmp_path / "elsewhere" / "samples", pictures(4, seed=2))
     write_folder(tmp_path / "elsewhere" / "reference", pictures(4, seed=3))
-    monkeypatch.chdir(tmp_path / "elsewhere")  # where the same names are of other images
+    monkeypatch.chdir(tmp_path / "elsewhere")  # here the same relative names are other images
     with pytest.raises(SystemExit):
         run("--allow-fewer", "--out", "../here/results.json")
     assert f"holds the scores of {tmp_path}/samples against" in capsys.readouterr().err
     assert "| 4 |" in printed and "PARTIAL" in printed and "wrote here/results.json" in printed
 
 
-def test_the_reference_is_looked_at_before_weights_are_loaded(tmp_path, monkeypatch, capsys):
+def test_the_reference_is_checked_before_weights_are_loaded(tmp_path, monkeypatch, capsys):
     write_folder(tmp_path, pictures(4))
     arguments = ["--samples", str(tmp_path), "--reference", "none.npz", "--allow-fewer"]
     monkeypatch.setattr(sys, "argv", ["fid.py", *arguments])
@@ -440,8 +442,8 @@ def test_the_reference_is_looked_at_before_weights_are_loaded(tmp_path, monkeypa
     assert "none.npz does not exist" in capsys.readouterr().err
 
 
-def test_no_distance_is_below_zero():
-    """Rounding printed -0.0000 for a set against itself."""
+def test_distances_are_not_negative():
+    """The score of a set against itself used to be printed as -0.0000, because of rounding."""
     features = torch.randn(200, 16, generator=torch.Generator().manual_seed(3))
     for scale in (1.0, 10.0, 100.0, 1000.0):
         found = measures.feature_statistics(scale * features)

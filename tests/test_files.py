@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, waiting for files, settings that are overridden."""
+"""Files and folders that are complete or absent, waiting for files, overriding settings."""
 
 import json
 import os
@@ -44,8 +44,8 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         pass
 
 
-def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """After a power cut a folder that looks complete is."""
+def test_a_folder_is_flushed_to_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """After a power cut, a folder that looks complete is complete."""
     calls, real = [], (os.fsync, os.rename)
     monkeypatch.setattr(os, "fsync", lambda file: calls.append("sync") or real[0](file))
     monkeypatch.setattr(os, "rename", lambda *names: calls.append("rename") or real[1](*names))
@@ -56,8 +56,10 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
-def test_others_may_read_what_the_umask_lets_them(umask, mode, tmp_path):
-    """safetensors lets the owner alone: weights of a run could be read by nobody else."""
+def test_files_have_the_permissions_of_the_umask(umask, mode, tmp_path):
+    """safetensors gives permissions to the owner only, so nobody else used to be able to read a
+    run's weights.
+    """
 
     def write(path: Path) -> None:
         path.touch(mode=0o600)
@@ -76,12 +78,14 @@ def test_others_may_read_what_the_umask_lets_them(umask, mode, tmp_path):
         os.umask(before)
     for path in (tmp_path / "folder" / "weights", tmp_path / "shard"):
         assert path.stat().st_mode & 0o777 == mode
-    assert (tmp_path / "folder" / "program").stat().st_mode & 0o755 == 0o755, "nothing is taken"
+    assert (tmp_path / "folder" / "program").stat().st_mode & 0o755 == 0o755, (
+        "no permission is removed"
+    )
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's disk that is always full")
-def test_numpy_on_a_full_disk(tmp_path):
-    """It says how much it wrote, and not why no more: drawing classes ended in a traceback."""
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_numpys_error_on_a_full_disk_is_translated(tmp_path):
+    """numpy's error does not name the full disk, so drawing classes used to end in a traceback."""
     refused = pytest.raises(UserError, match="cannot write x: no space is left")
     with refused, saving("x"), open("/dev/full", "wb", buffering=0) as file:
         np.zeros(100_000).tofile(file)
@@ -89,7 +93,7 @@ def test_numpy_on_a_full_disk(tmp_path):
         raise RuntimeError("12 GB requested and not available on the device")
 
 
-def test_waiting_goes_on_while_files_appear(tmp_path, monkeypatch):
+def test_waiting_continues_while_files_appear(tmp_path, monkeypatch):
     paths, now = [tmp_path / name for name in "abc"], 0.0
 
     def sleep(seconds):
@@ -100,12 +104,12 @@ def test_waiting_goes_on_while_files_appear(tmp_path, monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: now)
     monkeypatch.setattr("time.sleep", sleep)
     wait_for(paths, patience=10)
-    assert now == 24, "each of them in time, all together not"
+    assert now == 24, "longer than the patience, which restarts with every file"
     with pytest.raises(TimeoutError, match=r"waited -1 s for the hash of a .*\(2 missing\)"):
         wait_until_none(lambda: ["a", "b"], -1, "the hash of ")
 
 
-def test_overrides_are_the_settings_themselves(monkeypatch):
+def test_overrides_have_the_fields_of_the_settings(monkeypatch):
     assert [f.name for f in fields(SamplingOverrides)] == [f.name for f in fields(SamplingConfig)]
     assert SamplingOverrides().apply(SamplingConfig(top_k=5)) == SamplingConfig(top_k=5)
     changed = SamplingOverrides(top_k=0, cfg_scale=2.0).apply(SamplingConfig(top_k=5))
@@ -114,7 +118,7 @@ def test_overrides_are_the_settings_themselves(monkeypatch):
         SamplingOverrides(top_p=7).check()
 
 
-def test_any_settings_can_be_made_optional():
+def test_all_optional_keeps_fields_and_their_docs():
     @dataclass(frozen=True)
     class Settings:
         a: int
@@ -135,8 +139,8 @@ def test_any_settings_can_be_made_optional():
     assert "The first." in repr(hint.__metadata__)
 
 
-def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path):
-    """Prompts may hold Unicode's own line separators, which results files keep as they are."""
+def test_json_lines_end_only_at_line_feeds(tmp_path):
+    """Prompts may contain Unicode's line separators, which results files keep as they are."""
     row, path = {"prompt": "a\u2028b\u0085c"}, tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
     assert read_json_lines(path) == [row]
@@ -146,7 +150,7 @@ def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path):
 
 
 def test_a_lock_that_cannot_be_taken_is_named(tmp_path):
-    """In a folder that is shared, another's lock may be for that one alone."""
+    """In a shared folder, the lock may belong to another user."""
     (tmp_path / ".lock").mkdir()
     said = pytest.raises(UserError, match=f"cannot write {tmp_path}: Is a directory")
     with said, owning(tmp_path, "output folder"):

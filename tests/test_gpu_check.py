@@ -1,4 +1,4 @@
-"""The GPU check, rehearsed on the CPU: a row of each kind, and what becomes of failures."""
+"""The GPU check, rehearsed on the CPU: rows of every kind, and how failures are reported."""
 
 import json
 import time
@@ -14,6 +14,7 @@ CPU = torch.device("cpu")
 
 
 def rows(part: str, wanted: dict) -> list[dict]:
+    """The rows of a part of the check whose descriptions match `wanted`."""
     found = gpu_check.PARTS[part].rows(CPU, True)
     wanted_rows = []
     for about, work in found:
@@ -44,26 +45,26 @@ def test_other_weights_fail_the_golden_check():
     assert not gpu_parity.compare(changed, case, CPU, "fp32")["ok"]
 
 
-def test_tokenizers():
+def test_tokenizer_rows_pass():
     found = rows("tokenizers", {})
     assert found and all(row["ok"] for row in found)
 
 
 @pytest.mark.parametrize("dtype", gpu_parity.DTYPES)
 def test_slot_0_is_the_base_bit_for_bit(dtype):
-    """RAR in bf16 is the case where memory layouts once made a difference."""
+    """RAR in bf16: different memory layouts used to change its bits."""
     (row,) = rows("identities", {"backbone": "rar", "dtype": dtype})
     assert row["ok"] and row["slot_0_equal"] == 1
 
 
-def test_drawing_rows_of_every_kind_of_backbone():
+def test_drawing_rows_have_times_and_a_floor():
     found = rows("sampling", {"shape": "tiny-janus"})
     names = [row["contender"] for row in found]
     assert names == ["base eager", "iclr2026 eager", "transformers"]
     assert all(row["ms_per_step"] > 0 for row in found) and found[0]["of_floor"] > 0
 
 
-def test_kernels_of_a_step_add_up_to_it():
+def test_kernel_times_add_up_to_at_most_the_step():
     step, *kernels = rows("kernels", {})
     assert step["ms_per_step"] > 0 and step["idle"] < 1
     assert 0 < sum(row["busy_ms"] for row in kernels) <= step["busy_ms"]
@@ -71,14 +72,14 @@ def test_kernels_of_a_step_add_up_to_it():
     assert {"aten::mm", "aten::bmm"} < {row["kernel"] for row in kernels}
 
 
-def test_training_rows_have_what_check_expects():
+def test_training_rows_have_times_and_a_memory_estimate():
     found = rows("training", {"shape": "tiny-rar"})
     assert all(row["s_per_step"] > 0 for row in found)
     own = next(row for row in found if row["contender"] == "iclr2026")
     assert 0 < own["estimate_gb"] < 0.1
 
 
-def test_other_codes_fail_where_rounding_does_not_explain_them(monkeypatch):
+def test_other_codes_fail_unless_rounding_explains_them(monkeypatch):
     (row,) = rows("same_codes", {})
     assert row["ok"] and row["k4_equal"] == 1
     plain, calls = gpu_parity.drawn, []
@@ -99,7 +100,7 @@ def part(*work):
     return lambda device, tiny: iter([({"number": i}, w) for i, w in enumerate(work)])
 
 
-def test_errors_and_spent_time_are_rows_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+def test_errors_and_spent_time_become_rows_and_other_parts_still_run(tmp_path, monkeypatch, capsys):
     def fails():
         raise RuntimeError("out of memory")
 
@@ -129,7 +130,7 @@ def test_errors_and_spent_time_are_rows_and_the_rest_goes_on(tmp_path, monkeypat
     assert json.loads((tmp_path / "results.jsonl").read_text())["ok"]
 
 
-def test_refusals(tmp_path, capsys):
+def test_bad_options_are_refused(tmp_path, capsys):
     assert "sees no GPU" in refused(gpu_check, capsys, "--out", tmp_path)
     assert "unknown part 'speed'" in refused(
         gpu_check, capsys, "--out", tmp_path, "--tiny", "--parts", "speed"

@@ -1,6 +1,4 @@
-"""One name, one meaning: what a name says is the same wherever it stands in the tree. And imports
-run one way.
-"""
+"""Rules for the whole tree: unique names, few parameters, imports in one direction, page width."""
 
 import ast
 import re
@@ -12,7 +10,7 @@ from t2i.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("t2i", "launch", "geneval", "dpg_bench")
-SAME_ON_PURPOSE = {"run"}  # geneval/run.py and dpg_bench/run.py, as users type them
+SAME_ON_PURPOSE = {"run"}  # users call geneval/run.py and dpg_bench/run.py by path
 MOST_PARAMETERS = 7
 WIDTH = 100
 FLOORS = (
@@ -29,7 +27,7 @@ FLOORS = (
     (9, r"launch\b"),
     (0, r"t2i\b"),
 )
-"""Of a module, by the first pattern that its name fits (docs/how_it_works.md)."""
+"""A module is on the floor of the first pattern that matches its name (docs/how_it_works.md)."""
 
 
 def modules() -> Iterator[tuple[Path, ast.Module]]:
@@ -42,7 +40,7 @@ def repeated(places: dict[str, list]) -> dict[str, list]:
     return {name: found for name, found in places.items() if len(found) > 1}
 
 
-def test_no_two_modules_have_one_name():
+def test_module_names_are_unique():
     places = defaultdict(list)
     for path, _ in modules():
         if not path.stem.startswith("__"):
@@ -50,7 +48,7 @@ def test_no_two_modules_have_one_name():
     assert set(repeated(places)) == SAME_ON_PURPOSE, repeated(places)
 
 
-def test_no_two_classes_have_one_name():
+def test_class_names_are_unique():
     places = defaultdict(list)
     for path, tree in modules():
         for node in ast.walk(tree):
@@ -59,7 +57,7 @@ def test_no_two_classes_have_one_name():
     assert not repeated(places)
 
 
-def test_what_needs_many_parameters_takes_an_object():
+def test_functions_have_at_most_seven_parameters():
     for path, tree in modules():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -69,7 +67,9 @@ def test_what_needs_many_parameters_takes_an_object():
 
 
 def floor_and_room(module: str) -> tuple[int, str]:
-    """A room is a family's folder, another folder of t2i/, or a package beside it."""
+    """A module's floor and room. A room is a family's folder, another folder in t2i/, or one of the
+    other packages.
+    """
     floor = next(floor for floor, pattern in FLOORS if re.match(pattern, module))
     family = re.match(rf"t2i\.models\.({'|'.join(FAMILIES)})\b", module)
     first, *rest = module.split(".")
@@ -78,7 +78,7 @@ def floor_and_room(module: str) -> tuple[int, str]:
 
 
 def imports(node: ast.AST) -> Iterator[str]:
-    """What a module imports of the tree when it runs, at once or in a function."""
+    """The modules that a module imports when it runs, at its top or in a function."""
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return
     if isinstance(node, ast.Import):
@@ -92,7 +92,7 @@ def imports(node: ast.AST) -> Iterator[str]:
 
 
 def test_imports_run_one_way():
-    """Down, or within a room: what stands on one floor in another room is not known."""
+    """A module imports only from lower floors and from its own room."""
     seen = 0
     for path, tree in modules():
         own = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
@@ -105,8 +105,8 @@ def test_imports_run_one_way():
     assert seen > 1000
 
 
-def test_pages_keep_to_the_width_of_code():
-    """But for what cannot be broken: tables, pictures, addresses, commands."""
+def test_pages_are_no_wider_than_code():
+    """Except for what cannot be broken: tables, pictures, addresses, commands."""
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
     for page in pages:
         fenced = False

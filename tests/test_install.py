@@ -1,4 +1,4 @@
-"""Case 24: installed from a copy of the sources, without a network, and used elsewhere."""
+"""Case 24: the package is installed from a copy of the sources, offline, and used elsewhere."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ assert len(official_prompts()) == 553 and shapes_questions().questions
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A copy: building leaves folders beside the sources."""
+    """A copy of the sources, because building leaves folders next to them."""
     if any(find_spec(name) is None for name in ("pip", "setuptools")):
         pytest.skip("installing needs pip and setuptools in this environment")
     copy = tmp_path_factory.mktemp("sources")
@@ -59,8 +59,10 @@ def pip(command: str, *arguments) -> None:
 
 
 def use(site: Path, packages: Path, elsewhere: Path, script: str) -> None:
-    """Use what is installed in `site` from elsewhere; the modules must be those of `packages`."""
-    # As for an installed package, .pth files count: an editable install is one.
+    """Run a script in `elsewhere` with what is installed in `site`; the modules must come from
+    `packages`.
+    """
+    # addsitedir reads .pth files, which an editable install consists of.
     start = f"import site; site.addsitedir({str(site)!r})\n"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = (sys.executable, "-c", start + script, packages)
@@ -68,8 +70,8 @@ def use(site: Path, packages: Path, elsewhere: Path, script: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel(sources, tmp_path):
-    """It holds all that a program needs, and brings the command."""
+def test_a_wheel_is_complete(sources, tmp_path):
+    """A wheel contains everything that the programs need, and the `t2i` command."""
     pip("wheel", "--wheel-dir", tmp_path, sources)
     (wheel,) = tmp_path.glob("t2i-*.whl")
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
@@ -83,7 +85,7 @@ def test_a_wheel(sources, tmp_path):
 
 
 @pytest.mark.slow
-def test_installed_for_editing(sources, tmp_path):
+def test_an_editable_install_uses_the_sources(sources, tmp_path):
     pip("install", "--prefix", tmp_path / "prefix", "-e", sources)
     site = next((tmp_path / "prefix").rglob("site-packages"))
     use(site, sources, tmp_path, FOUND)

@@ -1,4 +1,4 @@
-"""Operations that keep less for the backward pass: same values and gradients, bit for bit."""
+"""Operations that save less for the backward pass: values and gradients stay equal, bit for bit."""
 
 from unittest.mock import patch
 
@@ -18,14 +18,14 @@ def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def passed(work, inputs: list[Tensor]) -> tuple[list[Tensor], int]:
-    """What comes out, with all gradients, and the bytes that are kept for them."""
+    """The output and all gradients, and the number of bytes saved for the backward pass."""
     leaves, kept = [x.clone().requires_grad_() for x in inputs], {}
     own = {x.data_ptr() for x in leaves}
 
     def pack(x: Tensor) -> Tensor:
         if x.data_ptr() not in own:
             storage = x.untyped_storage()
-            kept[storage.data_ptr()] = storage, x  # held, so that no other gets its place
+            kept[storage.data_ptr()] = storage, x  # held, so that its address is not reused
         return x
 
     torch.manual_seed(0)
@@ -37,7 +37,9 @@ def passed(work, inputs: list[Tensor]) -> tuple[list[Tensor], int]:
 
 
 def compare(work, inputs: list[Tensor]) -> float:
-    """The share of bytes that are kept; AssertionError if a bit differs."""
+    """The number of bytes saved, relative to the plain operations; AssertionError if a bit
+    differs.
+    """
     (results, size) = passed(work, inputs)
     with patch.object(lean, "keep_less", lambda: False):
         expected, plain_size = passed(work, inputs)
@@ -46,13 +48,13 @@ def compare(work, inputs: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_and_less_kept(dtype):
+def test_operations_give_the_same_bits_and_save_less(dtype):
     x, y = (numbers(seed, 3, 5, 32, dtype=dtype) for seed in (1, 2))
     weight = numbers(3, 32, dtype=dtype)
     dropout = lean.Dropout(0.3)
 
     def gated(gate, x):
-        return lean.swiglu(gate * 1, x * 1)  # results of other operations, as in a block
+        return lean.swiglu(gate * 1, x * 1)  # as in a block, inputs are other operations' results
 
     assert compare(gated, [x, y]) < 0.7
     assert compare(lambda x, weight: lean.rms_norm(x * 1, weight, 1e-5), [x, weight]) < 0.7
@@ -62,7 +64,7 @@ def test_same_bits_and_less_kept(dtype):
     assert torch.equal(dropout.eval()(x), x)
 
 
-def test_a_block_keeps_less():
+def test_a_block_saves_less():
     block = Block(CONFIG, 0).train()
     rope = rope_table(CONFIG)[1:]
     x = numbers(4, 2, 6, 32)

@@ -1,4 +1,4 @@
-"""Case 24: what a notebook user types, and is told."""
+"""Case 24: the library as used in a notebook: names, error messages, reprs, devices, scores."""
 
 import inspect
 import json
@@ -37,7 +37,7 @@ def model():
     return t2i.attach(tiny_llamagen("class"), t2i.presets.iclr2026(k=3))
 
 
-def test_every_name_is_listed_and_found():
+def test_every_public_name_is_listed_and_exists():
     assert set(t2i.__all__) <= set(dir(t2i)) and "__version__" in dir(t2i)
     assert all(getattr(t2i, name) is not None for name in t2i.__all__)
     for name in ("generate", "from_pretrained", "load_model", "load_backbone", "attach", "grid"):
@@ -49,7 +49,7 @@ def test_every_name_is_listed_and_found():
         t2i.nothing  # noqa: B018
 
 
-def test_of_thousands_of_prompts_those_read_in_part_are_not_all_listed(caplog):
+def test_warnings_of_partly_read_prompts_are_limited(caplog):
     backbone = t2i.load_backbone("llamagen", "shapes")
     most = generation._MOST_WARNINGS
     prompts = [f"a red circle zebra{i}" for i in range(most + 5)]
@@ -64,7 +64,7 @@ def test_of_thousands_of_prompts_those_read_in_part_are_not_all_listed(caplog):
     ]
 
 
-def test_a_typing_mistake_speaks_of_the_function_that_was_called(model):
+def test_an_unknown_argument_names_the_called_function(model):
     with pytest.raises(TypeError, match=r"generate\(\) got an unexpected keyword argument 'typo'"):
         t2i.generate(model, [1], typo=1)
 
@@ -86,14 +86,14 @@ def test_a_typing_mistake_speaks_of_the_function_that_was_called(model):
         ((None, ["1"]), {}, "class label '1' at position 0"),
     ],
 )
-def test_generate_says_what_it_needs(model, arguments, options, message):
+def test_generate_refuses_bad_arguments(model, arguments, options, message):
     given, prompts = arguments
     with pytest.raises(t2i.UserError, match=message):
         t2i.generate(given or model, prompts, progress=False, **options)
 
 
 class Column:
-    """Like a column of pandas that was sorted: its labels are not its places."""
+    """Like a sorted pandas column: indexed by labels that are not positions."""
 
     def __init__(self, values, labels):
         self._by_label = dict(zip(labels, values, strict=True))
@@ -108,7 +108,7 @@ class Column:
         return self._by_label[label]
 
 
-def test_prompts_of_any_ordered_kind_draw_the_images_of_a_list(model):
+def test_any_ordered_prompts_draw_the_same_as_a_list(model):
     def draw(prompts, **options):
         return [np.asarray(i) for i in t2i.generate(model, prompts, progress=False, **options)]
 
@@ -130,20 +130,20 @@ def test_prompts_of_any_ordered_kind_draw_the_images_of_a_list(model):
         {"window": 2.5},
     ],
 )
-def test_a_sampling_setting_of_another_type_is_refused_by_name(setting):
+def test_sampling_settings_of_a_wrong_type_are_refused(setting):
     (name,) = setting
     with pytest.raises(t2i.UserError, match=f"^{name}=.* must be a (whole|finite) number"):
         t2i.SamplingConfig(**setting)
 
 
-def test_numbers_of_numpy_become_settings_that_a_file_can_hold():
+def test_numpy_numbers_in_settings_can_be_stored():
     config = t2i.SamplingConfig(
         cfg_scale=np.float32(2), top_k=[np.int64(3), 4], top_p=np.float64(1)
     )
     assert json.loads(json.dumps(vars(config)))["top_k"] == [3, 4]
 
 
-def test_generate_with_a_model_that_was_changed_by_hand():
+def test_generate_refuses_a_model_in_training_mode_or_with_other_sampling():
     model = t2i.attach(tiny_llamagen("class"), t2i.presets.base())
     model.sampling = {"top_k": 3}
     with pytest.raises(t2i.UserError, match=r"model.sampling is .*: set a t2i.SamplingConfig"):
@@ -154,8 +154,8 @@ def test_generate_with_a_model_that_was_changed_by_hand():
 
 @pytest.mark.parametrize("make", [lambda: tiny_llamagen("class"), tiny_open_magvit2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_no_image_depends_on_torchs_default_type(make, dtype):
-    """Other models' code sets it, such as DeepSeek's."""
+def test_images_do_not_depend_on_torchs_default_dtype(make, dtype):
+    """The code of other models, such as DeepSeek's, sets it."""
     model = t2i.attach(make(), t2i.presets.iclr2026(k=2))
     sampling = t2i.SamplingConfig(cfg_scale=2.3)
     table = sampler.guidance_table(model, sampling)
@@ -169,7 +169,7 @@ def test_no_image_depends_on_torchs_default_type(make, dtype):
     assert np.array_equal(found, wanted)
 
 
-def test_generate_with_a_backbone_or_without_captions():
+def test_generate_refuses_a_backbone_and_labels_for_captions():
     with pytest.raises(t2i.UserError, match=r"t2i.attach\(backbone, t2i.presets.base\(\)\)"):
         t2i.generate(tiny_rar(), [1])
     captions = t2i.attach(tiny_llamagen("text"), t2i.presets.base())
@@ -201,12 +201,12 @@ def test_generate_with_a_backbone_or_without_captions():
         (lambda: t2i.load_model("shapes", dtype=torch.int8), "dtype torch.int8 holds no weights"),
     ],
 )
-def test_loaders_say_what_they_need(call, message):
+def test_loaders_refuse_bad_arguments(call, message):
     with pytest.raises(t2i.UserError, match=message):
         call()
 
 
-def test_one_line_says_what_a_model_is(model):
+def test_repr_describes_a_model_in_one_line(model):
     codec, gpt = (
         sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.codec, model.backbone)
     )
@@ -224,7 +224,7 @@ def test_one_line_says_what_a_model_is(model):
 
 @pytest.mark.parametrize("make", [lambda: tiny_llamagen("class"), tiny_rar, tiny_open_magvit2])
 def test_peft_loads_adapters_with_image_layers(make, tmp_path):
-    """Case 9: of every family; Janus' on transformers' own model is in test_janus_training.py."""
+    """Case 9. Janus adapters on transformers' own model are tested in test_janus_training.py."""
     ours, theirs = make(), make()
     add_lora(ours, LoRAConfig(rank=2))
     codes = torch.arange(8).view(2, 4, 1).expand(-1, -1, len(ours.spec.subvocabs))
@@ -255,8 +255,8 @@ def test_repr_of_a_checkpoint_says_what_was_trained(shapes_ckpt):
     assert "k=4" in text and "trained: codec" in text and "\n" not in text and len(text) < 200
 
 
-# -- where and in what type ------------------------------------------------------------------------
-def test_the_machine_decides(monkeypatch):
+# -- device and dtype ------------------------------------------------------------------------------
+def test_the_machine_decides_device_and_dtype(monkeypatch):
     assert pick_device() == (torch.device("cpu"), torch.float32)
     assert pick_device("cpu", "bfloat16") == pick_device(torch.device("cpu"), torch.bfloat16)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -271,8 +271,8 @@ def test_the_machine_decides(monkeypatch):
     assert placed["device"] == torch.device("cuda") and placed["dtype"] == torch.bfloat16
 
 
-def test_no_gpu_is_said(monkeypatch):
-    """Case 28: not what is allowed, but that none was found."""
+def test_a_missing_gpu_is_reported(monkeypatch):
+    """Case 28: the message says that no GPU was found, not just which values are allowed."""
     with pytest.raises(t2i.UserError, match="PyTorch found no GPU on this machine"):
         pick_device("cuda")
     monkeypatch.setattr("torch.version.cuda", None)
@@ -286,7 +286,7 @@ def test_no_gpu_is_said(monkeypatch):
 
 
 # -- pictures --------------------------------------------------------------------------------------
-def test_grid():
+def test_grid_makes_a_sheet_and_refuses_bad_arguments():
     images = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
     sheet = t2i.grid(images, cell=128)
     assert sheet.size == (2 * 134 + 6, 2 * 134 + 6) and sheet.getpixel((10, 10)) == (255, 0, 0)
@@ -303,7 +303,7 @@ def test_grid():
             t2i.grid(*arguments, **options)
 
 
-def test_geneval_score_takes_what_has_a_meaning(tmp_path):
+def test_geneval_score_takes_several_forms_of_input(tmp_path):
     from t2i.shapes.shapes_prompts import colors
 
     entry = colors("circle", "red")
@@ -316,7 +316,7 @@ def test_geneval_score_takes_what_has_a_meaning(tmp_path):
         for metadata in ([entry], entry, entry["prompt"], [entry["prompt"]]):
             assert geneval.score(images, metadata, detector) == plain
     grey = geneval.score(np.asarray(image)[..., 0], [entry], detector)
-    assert grey == plain, "one image, not one for each of its rows"
+    assert grey == plain, "a 2-D array is one image, not one image per row"
     official = official_prompts()[0]
     assert geneval._known_prompts()[official["prompt"]] == official
     for images, metadata, message in (
@@ -347,7 +347,7 @@ def test_geneval_score_takes_what_has_a_meaning(tmp_path):
         geneval.score([image], [entry], detector, options={"threshold": 0.3})
 
 
-def test_dpg_score_says_what_it_needs():
+def test_dpg_score_refuses_bad_arguments():
     judge, image = load_answerer("shapes"), Image.new("RGB", (64, 64))
     with pytest.raises(t2i.UserError, match="answer_prompt needs a list of PIL images"):
         answer_prompt(judge, image, [])

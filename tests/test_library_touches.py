@@ -1,9 +1,9 @@
-"""Every touch of a private or undocumented piece of another library, in one table; each row's test
-fails by name when it moves.
+"""A table of every use of private or undocumented parts of other libraries. If such a part changes,
+the test of its row fails.
 
-What is in no row is documented by its library. Case 20: the kit once imitated a class of
-transformers, which changed in a minor release. A warning that something will go away is an error in
-these tests (`filterwarnings` in pyproject.toml).
+Everything else that is used is documented by its library. Case 20: the kit once imitated a class of
+transformers, which changed in a minor release. Deprecation warnings are errors in these tests
+(`filterwarnings` in pyproject.toml).
 """
 
 import ast
@@ -64,8 +64,8 @@ def engine(tmp_path: Path) -> None:
 
 
 def shares(_) -> None:
-    """Resumes under every stage, and with other numbers of processes: test_run_safety.py,
-    test_training.py, test_ranks.py.
+    """Only the names. Resuming under every ZeRO stage and with other numbers of processes is tested
+    in test_run_safety.py, test_training.py and test_ranks.py.
     """
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.utils.tensor_fragment import tensor_fragment
@@ -176,7 +176,7 @@ def silu_gradient(_) -> None:
 
 
 def freezing(_) -> None:
-    """As settings; that steps are compiled with them is shown in test_speed.py."""
+    """Only that the settings exist; test_speed.py compiles steps with them."""
     from torch._dynamo import mark_dynamic
     from torch._inductor import config
 
@@ -217,7 +217,7 @@ def offline(_) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        with pytest.raises(ConnectionError, match="OfflineModeIsEnabled"):  # nothing was asked
+        with pytest.raises(ConnectionError, match="OfflineModeIsEnabled"):  # no request is sent
             datasets.load_dataset_builder("nobody/no-such-data")
 
 
@@ -233,7 +233,7 @@ class Touch:
     library: str
     what: str
     where: str
-    """The file that relies on it, and words in it."""
+    """The file that relies on it, and a piece of its code."""
     why: str
     check: Callable[[Path], None]
 
@@ -243,63 +243,63 @@ TOUCHES = (
         "deepspeed",
         "ops.__compatible_ops__ decides whether the CPU's shared-memory extension is compiled",
         "t2i/training/engine.py: __compatible_ops__",
-        "no setting turns the extension off, and a user without a compiler could not train",
+        "no setting turns the extension off, and without a compiler training would fail",
         shared_memory_extension,
     ),
     Touch(
         "deepspeed",
         "the engine's optimizer keeps the groups' own keys and obeys their lr; get_global_grad_norm; names of save and load options",
         "t2i/training/engine.py: engine.optimizer.param_groups",
-        "its schedulers know no rates by part of the model that are functions of the step",
+        "its schedulers cannot give each part of the model its own function of the step",
         engine,
     ),
     Touch(
         "deepspeed",
-        "where ZeRO keeps a parameter's share of the optimizer's moments",
+        "where ZeRO keeps the optimizer's moments of a parameter",
         "t2i/training/state.py: _hp_mapping",
-        "the documented ways to read and set them work after the first step only, for one group",
+        "the documented functions work only after the first step, and for one group",
         shares,
     ),
     Touch(
         "deepspeed",
         "DeepSpeedZeroConfig has the options of zero_optimization as pydantic fields",
         "t2i/training/engine.py: DeepSpeedZeroConfig",
-        "DeepSpeed itself ignores a misspelt option, or fails on it late",
+        "DeepSpeed itself ignores misspelled options, or fails late",
         zero_options,
     ),
     Touch(
         "peft",
         "BaseTunerLayer, and the names lora_A.default, lora_B.default and base_layer inside it",
         "t2i/lora.py: BaseTunerLayer",
-        "PeftModel would wrap the backbone; adapters are injected, and read, merged and switched off here",
+        "PeftModel would wrap the backbone, so adapters are injected, read, merged and disabled here",
         adapters,
     ),
     Touch(
         "transformers",
         "the parts of BlipForQuestionAnswering and their arguments",
         "dpg_bench/vqa_answerers.py: self.model.text_decoder",
-        "generate() encodes the image anew for each question and gives no log-probabilities of two words",
+        "generate() encodes the image again for each question and gives no log-probabilities of two words",
         blip_parts,
     ),
     Touch(
         "transformers",
         "keys of the report of from_pretrained(output_loading_info=True)",
         "t2i/weights.py: mismatched_keys",
-        "weights that do not fit have to be refused by name (also geneval/mmdet_weights.py, dpg_bench/vqa_answerers.py)",
+        "weights that do not fit are refused by name (also geneval/mmdet_weights.py, dpg_bench/vqa_answerers.py)",
         loading_report,
     ),
     Touch(
         "open_clip",
-        "CLIP takes what get_model_config gives; its activations are attributes `gelu` of class QuickGELU",
+        "CLIP accepts the result of get_model_config; its activations are attributes `gelu` of class QuickGELU",
         "geneval/colors.py: QuickGELU",
-        "create_model would look for its own files; OpenAI's weights with another activation give other colours",
+        "create_model would look for its own files; with another activation, OpenAI's weights give other colors",
         clip_parts,
     ),
     Touch(
         "torchvision",
-        "children of Inception3 in the order in which they run; `branch_pool`, the last branch",
+        "Inception3's children in the order in which they run; `branch_pool`, the last branch",
         "t2i/evaluation/fid/inception.py: branch_pool",
-        "FID's network pools otherwise; that the rest is equal is shown in test_golden_adm.py",
+        "FID's network pools differently; test_golden_adm.py shows that the rest is equal",
         inception_parts,
     ),
     Touch(
@@ -313,49 +313,49 @@ TOUCHES = (
         "torch",
         "the operator aten.silu_backward",
         "t2i/models/lean.py: torch.ops.aten.silu_backward",
-        "no function gives silu's gradient with the same bits",
+        "no documented function gives silu's gradient with the same bits",
         silu_gradient,
     ),
     Touch(
         "torch",
-        "inductor's settings `freezing` and `cpp.enable_concat_linear`, and mark_dynamic for a length that varies",
+        "inductor's settings `freezing` and `cpp.enable_concat_linear`; mark_dynamic for a varying length",
         "t2i/tensorar/speed.py: config.patch({",
-        "products of a few rows on a CPU are twice as fast with weights in the order they are read",
+        "on a CPU, products of a few rows are twice as fast with weights stored in reading order",
         freezing,
     ),
     Touch(
         "torch",
-        "torch.compile's option `guard_filter_fn`, and kinds and names of guards",
+        "torch.compile's option `guard_filter_fn`, and the types and names of guards",
         "t2i/tensorar/speed.py: guard_filter_fn",
-        "guards of a whole model take a tenth of a small model's step",
+        "checking the guards of a whole model takes a tenth of a small model's step",
         guard_filter,
     ),
     Touch(
         "torch",
-        "torch.backends.mkldnn.matmul.fp32_precision, which not all of its documentation names",
+        "torch.backends.mkldnn.matmul.fp32_precision, which is only partly documented",
         "t2i/products.py: fp32_precision",
-        "products of fp32 are oneDNN's then, twice as fast on AMD's processors",
+        "it makes torch use oneDNN for fp32 products, which is twice as fast on AMD processors",
         fp32_precision,
     ),
     Touch(
         "datasets",
         "DatasetBuilder.hash",
         "t2i/data/sources/tables.py: builder.hash",
-        "it follows the commit of a hub data set, so that codes of older images are not used again",
+        "it changes with the commit of a hub data set, so codes of older images are not reused",
         builder_hash,
     ),
     Touch(
         "datasets",
         "config.HF_HUB_OFFLINE, set while the program runs",
         "t2i/data/sources/tables.py: datasets.config.HF_HUB_OFFLINE",
-        "without a connection the library tries again for half a minute, at every file",
+        "without a connection the library retries for half a minute at every file",
         offline,
     ),
     Touch(
         "pillow",
-        "Image.OPEN, the formats that this build reads",
+        "Image.OPEN, the formats that this build can read",
         "t2i/data/images.py: Image.OPEN",
-        "AVIF is in some builds only",
+        "only some builds can read AVIF",
         pillow_readers,
     ),
 )
@@ -383,20 +383,20 @@ DOCUMENTED = {
     "transformers.utils",
     "tyro.conf",
 }
-"""Modules below the top of a library whose names are documented as such; where a row relies on
-another, it is not here.
+"""Submodules of libraries that are documented under these names. Undocumented ones have a row above
+instead.
 """
 
 
 @pytest.mark.parametrize("touch", TOUCHES, ids=lambda t: f"{t.library}: {t.what}")
-def test_it_is_still_there(touch, tmp_path):
+def test_undocumented_parts_still_exist(touch, tmp_path):
     file, _, words = touch.where.partition(": ")
     assert words in (ROOT / file).read_text(), f"{file} does not touch {words} any more"
     touch.check(tmp_path)
 
 
 def deep_imports() -> Iterator[tuple[str, str]]:
-    """(file, module) of what is imported from inside a library, or by a private name."""
+    """(file, module) of every import of a library's submodule or private name."""
     for folder in PROGRAMS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -413,7 +413,7 @@ def deep_imports() -> Iterator[tuple[str, str]]:
 
 
 def required(name: str) -> dict[str, str]:
-    """Package -> lowest version, of a requirements file."""
+    """Package -> lowest version, from a requirements file."""
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     found = (re.match(r"(\w[\w-]*)(?:[>=]=([\d.]+))?", line) for line in lines)
     return {m[1].lower().replace("_", "-"): m[2] for m in found if m}
@@ -427,7 +427,7 @@ LIBRARIES = {
 }
 
 
-def test_no_other_insides_are_imported():
+def test_no_other_submodules_are_imported():
     listed = {
         "deepspeed.runtime.zero.config",
         "peft.tuners.tuners_utils",
@@ -447,15 +447,15 @@ def as_numbers(version: str) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
-def test_the_lock_holds_what_is_required(name):
+def test_the_lock_fits_the_requirements(name):
     lock = required("requirements.lock")
     for package, lowest in required(name).items():
         assert package in lock, f"{package} is not in requirements.lock; run .ci/lock"
         assert as_numbers(lock[package]) >= as_numbers(lowest), f"{package}; run .ci/lock"
 
 
-def test_the_lock_installs_anywhere():
-    """Versions alone: no places, and nothing that one kind of machine has."""
+def test_the_lock_installs_on_any_machine():
+    """It contains only versions: no paths or URLs, no packages for one kind of machine."""
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     assert lines[0].startswith("#")
     for line in lines[1:]:
@@ -463,5 +463,5 @@ def test_the_lock_installs_anywhere():
         assert not line.startswith(("nvidia-", "cuda-", "triton")), line
 
 
-def test_users_do_not_install_the_tools():
+def test_users_do_not_install_development_tools():
     assert not required("requirements.txt").keys() & {"pytest", "pytest-xdist", "ruff"}

@@ -1,4 +1,4 @@
-"""Settings that are refused, sources by name, and the option to train on own drafts."""
+"""Refused settings, the shapes source by name, and the option to train on own drafts."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_shapes_source_draws_the_fine_tuning_world():
         (lambda: choose_tracker("no_such_package"), "pip install"),
     ],
 )
-def test_refused_with_a_reason(build, message):
+def test_bad_settings_are_refused_with_a_reason(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 

@@ -1,4 +1,4 @@
-"""The pre-training of the shapes base, tiny: what it draws, when it ends, what it leaves."""
+"""Pre-training of the shapes base at a tiny size: its data, its time limit, its results."""
 
 import json
 import time
@@ -35,13 +35,13 @@ def test_worker_processes_draw_the_same_scenes_in_order(tmp_path):
         assert np.array_equal(images, others) and texts == other_texts
 
 
-def test_nothing_held_out_is_trained_on(tmp_path):
+def test_held_out_prompts_are_not_trained_on(tmp_path):
     held_out = {m["prompt"] for m in every_prompt() if is_held_out(m)}
     drawn = drawn_scenes(recipe(tmp_path, scenes=300), 300)
     assert held_out and not held_out & {text for _, texts in drawn for text in texts}
 
 
-def test_codes_are_those_of_their_scenes_and_kept(tmp_path):
+def test_codes_are_those_of_their_scenes_and_are_kept(tmp_path):
     cfg = recipe(tmp_path)
     first, again = (scene_codes(cfg, cfg.tokenizer) for _ in range(2))
     assert torch.equal(first.codes, again.codes) and torch.equal(first.prompts, again.prompts)
@@ -52,19 +52,19 @@ def test_codes_are_those_of_their_scenes_and_kept(tmp_path):
     assert torch.equal(backbone.encode_images(pixels)[..., 0], first.codes.long())
 
 
-def test_it_says_when_time_left_few_scenes(tmp_path, caplog):
-    """A base that had 1,024 of 300,000 scenes learnt them by heart, and said nothing."""
+def test_too_little_time_for_scenes_is_reported(tmp_path, caplog):
+    """A base that had time for 1,024 of 300,000 scenes memorized them, without any warning."""
     cfg = recipe(tmp_path, scenes=200)
     assert len(scene_codes(cfg, cfg.tokenizer, end=0).codes) == 64
     assert "time for only 64 of 200 scenes" in caplog.text
 
 
 @pytest.mark.parametrize("family", [rare("llamagen"), "janus"])
-def test_a_run_leaves_two_bases_and_their_scores(family, tmp_path, monkeypatch):
-    seconds = count()  # a step takes one
+def test_a_run_writes_two_bases_and_their_scores(family, tmp_path, monkeypatch):
+    seconds = count()  # the clock: a second per call, so about a second per step
     monkeypatch.setattr(caption_bases, "time", SimpleNamespace(time=lambda: next(seconds)))
     cfg = recipe(tmp_path / "run", family=family, scenes=10**9, gpt_steps=10**9)
-    scenes = scene_codes(cfg, cfg.tokenizer, end=0)  # it stops after its first 64 scenes
+    scenes = scene_codes(cfg, cfg.tokenizer, end=0)  # stops after the first 64 scenes
     assert len(scenes.codes) == len(scenes.prompts) == 64
     learner = caption_bases.new_learner(cfg, VQTokenizer.load(cfg.tokenizer))
     caption_bases.train(cfg, learner, scenes, end=next(seconds) + 20)
@@ -82,7 +82,7 @@ def test_a_run_leaves_two_bases_and_their_scores(family, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_tokenizer_and_the_text_encoder_learn(tmp_path):
+def test_the_tokenizer_and_the_text_encoder_are_trained(tmp_path):
     cfg = recipe(tmp_path, tokenizer=None, image_size=16, vq_steps=30, vq_batch=8, scenes=8)
     pixels = caption_bases.to_pixels(caption_bases.draw_scenes(1, 16, range(16))[0])
 

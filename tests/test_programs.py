@@ -1,5 +1,5 @@
-"""Cases 5, 7, 19, 25, 27, 28 and the programs' help: what every program does with its options, its
-output place and its errors.
+"""What all programs have in common: errors, help, choice of the model, output folders (cases 5, 7,
+19, 25, 27, 28).
 """
 
 import errno
@@ -51,7 +51,7 @@ def test_a_bug_keeps_its_traceback(bug):
         cli.run(bug)
 
 
-def test_a_mistake_ends_in_one_line(capsys):
+def test_a_users_mistake_ends_in_one_line(capsys):
     """Case 27."""
     with pytest.raises(SystemExit) as stopped:
         cli.run(lambda: _raise(UserError("k=0 must be at least 1")))
@@ -70,7 +70,7 @@ _PROGRAMS = [
 
 
 def test_help_needs_no_torch():
-    """It answers at once: nothing heavy is imported before the command line is read."""
+    """Help answers at once, because nothing heavy is imported before the command line is parsed."""
     code = (
         "import runpy, sys, t2i\n"
         "assert not {'torch', 'numpy', 'tyro'} & sys.modules.keys(), 'the package itself'\n"
@@ -94,12 +94,14 @@ def test_help_needs_no_torch():
 
 
 def test_one_command_for_all_programs(capsys, monkeypatch):
-    """Its help has every verb, a program's own help has its name, and no other verb is taken."""
+    """Its help lists every verb, a program's help shows the name of the command, and unknown verbs
+    are refused.
+    """
     text = _help(capsys, monkeypatch, commands.main, "--help")
     assert all(f"\n  {verb} " in text for verb in commands.VERBS)
     modules = {name.replace(".", "/") + ".py" for name, _ in commands.VERBS.values()}
     listed = {p for p in _PROGRAMS if not p.startswith("launch/lab/")}
-    needs_a_clone = "launch/gpu_check.py"  # with its tests
+    needs_a_clone = "launch/gpu_check.py"  # it reads the tests
     assert modules == listed - {"launch/__main__.py", needs_a_clone}
     launched = _help(capsys, monkeypatch, commands.main, "--local_rank=1", "fid", "--help")
     assert "usage: t2i fid " in launched and "--reference" in launched
@@ -152,7 +154,7 @@ def test_help_shows_the_main_options_and_how_to_see_the_rest(capsys, monkeypatch
     assert all(word in everything for word in ("--needed", "--inner.a", "--inner.b", "--c INT"))
     monkeypatch.setattr(sys, "argv", ["program.py", "--needed", "x", "--inner.a", "5", "--c", "6"])
     assert parse() == _Outer("x", _Inner(5, 2), 6), (
-        "what help does not show is an option all the same"
+        "options that the short help hides are still accepted"
     )
 
 
@@ -173,7 +175,7 @@ def test_help_of_a_recipe_shows_its_own_values(capsys, monkeypatch):
 
 
 # -- which model -----------------------------------------------------------------------------------
-def test_a_base_by_itself_is_a_model(tiny_world):
+def test_a_base_is_a_model(tiny_world):
     """Case 25: a backbone folder as --ckpt or as --base.weights, with or without its family."""
     folder = str(tiny_world / "base")
     for options in (
@@ -193,7 +195,7 @@ def test_a_checkpoint_is_a_model(plain):
     assert options.load(*options.check()).config.k == 3
 
 
-def test_a_run_that_trains_on_does_not_change_the_model_meanwhile(plain, tmp_path):
+def test_the_chosen_checkpoint_stays_while_its_run_continues(plain, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(plain, run / "checkpoints" / "step_000003")
     options = ModelOptions(ckpt=str(run))
@@ -217,8 +219,8 @@ def test_a_run_that_trains_on_does_not_change_the_model_meanwhile(plain, tmp_pat
         (ModelOptions(ckpt="shapes", base=BaseOptions(weights="x.pt")), "leave out --base.weights"),
     ],
 )
-def test_no_such_model(options, message):
-    """Cases 25, 28: told before anything is loaded."""
+def test_unknown_models_are_refused(options, message):
+    """Cases 25, 28: refused before anything is loaded."""
     with pytest.raises(UserError, match=message):
         options.check()
 
@@ -239,8 +241,8 @@ def test_missing_parts_are_named_as_options(tiny_world, monkeypatch):
 # -- one folder, one request -----------------------------------------------------------------------
 @pytest.fixture
 def draws(tiny_world, tmp_path, monkeypatch):
-    """Runs `generate` in an empty working directory, on the tiny base unless told; returns the
-    folders below outputs/.
+    """A function that runs `generate` in an empty working directory, on the tiny base if no --ckpt
+    is given, and returns the folders in outputs/.
     """
     monkeypatch.chdir(tmp_path)
 
@@ -252,8 +254,10 @@ def draws(tiny_world, tmp_path, monkeypatch):
     return run
 
 
-def test_one_prompt_after_another_just_works(draws, plain, monkeypatch):
-    """Case 19: every request has a folder of its own, and the same one again draws nothing."""
+def test_every_request_has_its_own_folder(draws, plain, monkeypatch):
+    """Case 19: requests do not mix, the same request again draws nothing, and more samples are
+    added to those there are.
+    """
     circle = ("--prompt", "a red circle", "--samples", 2)
     assert len(draws(*circle)) == 1
     folder = Path(draws(*circle, "--prompt-file", os.devnull)[0])
@@ -273,8 +277,8 @@ def test_one_prompt_after_another_just_works(draws, plain, monkeypatch):
     assert all(more[name] == first[name] for name in first if "samples" in name)
 
 
-def test_another_request_is_refused_by_name(draws, plain, tiny_world, capsys):
-    """Case 19: nothing gets into a folder of another model, seed or prompt."""
+def test_another_request_for_the_same_folder_is_refused(draws, plain, tiny_world, capsys):
+    """Case 19: no image is drawn into a folder of another model, seed or prompt."""
     request = ("--prompt", "a red circle", "--samples", 2, "--out", "o")
     draws(*request)
     before = folder_content(Path("o"))
@@ -298,7 +302,7 @@ def test_another_request_is_refused_by_name(draws, plain, tiny_world, capsys):
 
 
 def test_stages_are_added_to_a_folder(draws, plain):
-    """Case 19: the sheet of the stages is of this request."""
+    """Case 19: the sheet of stages shows this request, and the images stay."""
     request = ("--ckpt", plain, "--prompt", "a red circle", "--samples", 1)
     folder = draws(*request)[0]
     drawn = (folder / sample_file(0, 0)).read_bytes()
@@ -308,7 +312,7 @@ def test_stages_are_added_to_a_folder(draws, plain):
 
 
 def test_several_generations_are_not_scored_as_one(tmp_path):
-    """Case 19: FID of a folder that holds the images of two models."""
+    """Case 19: FID refuses a folder that holds the images of two models."""
     for name in ("a", "b"):
         save_png(Image.new("RGB", (8, 8)), tmp_path / name / sample_file(0, 0))
         write_json(tmp_path / name / GENERATION_FILE, {})
@@ -317,9 +321,9 @@ def test_several_generations_are_not_scored_as_one(tmp_path):
         open_images(tmp_path)
 
 
-# -- the output place ------------------------------------------------------------------------------
+# -- output folders and files ----------------------------------------------------------------------
 def test_a_folder_in_use_is_refused_at_once(tiny_world, tmp_path, capsys):
-    """Case 5: by name, before a model or a judge is loaded."""
+    """Case 5: the message names the process, before a model or a judge is loaded."""
     ckpt, mine = ("--ckpt", tiny_world / "base"), f"in use by process {os.getpid()}"
     place = ("--out", tmp_path / "out")
     with owning(tmp_path / "out", "folder"):
@@ -331,11 +335,11 @@ def test_a_folder_in_use_is_refused_at_once(tiny_world, tmp_path, capsys):
         text = refused(sample_imagenet, capsys, *ckpt, "--out", tmp_path / "a.npz")
         assert f"image set {tmp_path / 'a.npz'} is {mine}" in text
         text = refused(sample_imagenet, capsys, *ckpt, "--out", tmp_path / "b.npz")
-        assert "draws from captions, not classes" in text, "a neighbour does not mind"
+        assert "draws from captions, not classes" in text, "a file next to it is not in use"
 
 
-def test_the_place_is_checked_before_the_work(tiny_world, tmp_path, capsys, monkeypatch):
-    """Case 7 and its siblings: `fid.py --out FOLDER` computed everything first."""
+def test_the_output_is_checked_before_the_work(tiny_world, tmp_path, capsys, monkeypatch):
+    """Case 7 and similar ones: `fid.py --out FOLDER` used to compute everything first."""
     monkeypatch.setattr("t2i.checkpoint.load_base", None)
     monkeypatch.setattr("t2i.evaluation.fid.inception.load_inception", None)
     (file := tmp_path / "file").touch()
@@ -354,8 +358,8 @@ def test_the_place_is_checked_before_the_work(tiny_world, tmp_path, capsys, monk
     assert f"{tmp_path}: it is a folder; give the name of a file" in text
 
 
-def test_impossible_options_are_named_before_the_model_is_loaded(tiny_world, capsys, monkeypatch):
-    """No time is spent before a cheap mistake is named."""
+def test_impossible_options_are_refused_before_the_model_is_loaded(tiny_world, capsys, monkeypatch):
+    """A mistake that is cheap to find costs no waiting."""
     monkeypatch.setattr("t2i.checkpoint.load_base", None)
     ckpt = ("--ckpt", tiny_world / "base", "--out", tiny_world / "nothing")
     drawing = ((generate, ("--prompt", "x")), (geneval_run, ()), (sample_imagenet, ()))
@@ -366,10 +370,8 @@ def test_impossible_options_are_named_before_the_model_is_loaded(tiny_world, cap
     assert not (tiny_world / "nothing").exists()
 
 
-def test_a_full_disk_while_drawing_is_named_and_the_rest_follows(
-    draws, capsys, monkeypatch, tiny_world
-):
-    """Case 7: one line, and the same command goes on later."""
+def test_drawing_continues_after_a_full_disk(draws, capsys, monkeypatch, tiny_world):
+    """Case 7: a full disk ends in one line, and the same command later draws the rest."""
     request = ("--prompt", "a red circle", "--samples", 4, "--out", "o")
     save = Image.Image.save
 
@@ -389,7 +391,7 @@ def test_a_full_disk_while_drawing_is_named_and_the_rest_follows(
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
 
 
-def test_what_a_kill_left_is_removed(draws):
+def test_temporary_files_of_a_killed_process_are_removed(draws):
     """Case 5: the owner of a folder may remove half-written files."""
     request = ("--prompt", "a red circle", "--samples", 1, "--out", "o")
     draws(*request)

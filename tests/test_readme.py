@@ -1,4 +1,4 @@
-"""Every command and option of the README and docs exists, and the quickstart runs end to end."""
+"""Every command and option in the README and docs exists, and the quickstart runs end to end."""
 
 import re
 import shlex
@@ -27,7 +27,9 @@ def pages() -> str:
 
 
 def readme_commands() -> list[list[str]]:
-    """Arguments of each command that runs a script of ours, in the blocks of README and docs."""
+    """The arguments, from the script on, of every command in README and docs that runs a script of
+    ours.
+    """
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", pages(), flags=re.S)
     for name, words in SHORTHANDS("\n".join(blocks)):
         blocks = [
@@ -40,7 +42,7 @@ def readme_commands() -> list[list[str]]:
 
 
 def index_of_script(words: list[str]) -> int | None:
-    """Where a command names a script of ours, after `python`, `deepspeed --num_gpus 8`, ..."""
+    """The index of our script in a command, after `python`, `deepspeed --num_gpus 8`, ..."""
     return next((i for i, word in enumerate(words) if IS_SCRIPT(word)), None)
 
 
@@ -81,7 +83,7 @@ def test_readme_command_parses(command, monkeypatch):
 
 
 def test_options_in_the_text_exist(monkeypatch, capsys):
-    """Options outside of whole commands; commands are parsed above."""
+    """Options mentioned outside of commands; the test above parses whole commands."""
     text = re.sub(r"```.*?```", "", pages(), flags=re.S)
     spans = re.findall(r"`[^`]*`", text)
     mentioned = {name.replace("_", "-") for span in spans for name in OPTIONS(span)}

@@ -34,11 +34,11 @@ CODES = [
     [[0], [5], [0], [0], [0], [0]],
     [[0], [5], [0], [0], [0], [7]],
 ]
-"""Stages of an image of 2 x 3 codes: the second changes code 1, the third code 5."""
+"""The stages of an image of 2 x 3 codes: the second stage changes code 1, the third code 5."""
 
 
 def _folder(root: Path, color: str, *, staged: bool = False, samples: int = 2) -> Path:
-    """Images of `PROMPTS`, 24 x 16 pixels; drafts are blue."""
+    """Write images of `PROMPTS`, 24 x 16 pixels; drafts are blue."""
     for p, prompt in enumerate(PROMPTS):
         write_prompt(root, p, {"prompt": prompt, "tag": "counting" if p == 1 else "single"})
         for s in range(samples):
@@ -52,7 +52,7 @@ def _folder(root: Path, color: str, *, staged: bool = False, samples: int = 2) -
 
 
 def _judge(folder: Path, wrong: str) -> None:
-    """GenEval's results of the images in folder/images, of which one is wrong."""
+    """Write GenEval's results for the images in folder/images; only the image `wrong` is wrong."""
     rows = [
         {"filename": sample_file(p, s), "correct": (name := sample_file(p, s)) != wrong,
          "reason": "" if name != wrong else "expected 2 stars\nfound 1"}
@@ -72,7 +72,9 @@ def _content(page: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A review of two models: one refines, one is judged; moved after it was written."""
+    """A review of two models, one that refines and one that is judged, moved after it was
+    written.
+    """
     root = tmp_path_factory.mktemp("review")
     _folder(root / "judged" / "images", GREEN)
     _judge(root / "judged", sample_file(1, 0))
@@ -85,7 +87,7 @@ def page(tmp_path_factory):
     return shutil.move(root / "r", root / "moved") / "index.html"
 
 
-def test_what_the_page_knows(page):
+def test_the_data_of_the_page(page):
     content = _content(page)
     assert [p["text"] for p in content["prompts"]] == PROMPTS
     refined, judged = content["columns"]
@@ -103,7 +105,7 @@ def test_what_the_page_knows(page):
             assert (page.parent / column["place"] / name).is_file()
 
 
-def test_verdicts_of_dpg_bench_are_shares_of_the_answers(tmp_path):
+def test_verdicts_of_dpg_bench_are_shares_of_passed_questions(tmp_path):
     _folder(tmp_path / "d" / "images", RED, samples=1)
     answers = [("Is there a bus?", "yes", True), ("Is it red?", "no", False)]
     keys = ("question", "answer", "passed")
@@ -120,7 +122,7 @@ def test_verdicts_of_dpg_bench_are_shares_of_the_answers(tmp_path):
     }
 
 
-def test_columns_that_do_not_belong_together(tmp_path):
+def test_mismatched_columns_are_refused(tmp_path):
     a, b = _folder(tmp_path / "a", RED), _folder(tmp_path / "b", RED)
     with pytest.raises(UserError, match="two columns are called x"):
         write_review(tmp_path, [open_column("x", a), open_column("x", b)], title="t")
@@ -132,8 +134,8 @@ def test_columns_that_do_not_belong_together(tmp_path):
         open_column("z", tmp_path / "empty")
 
 
-def test_names_of_images_as_judges_take_them(tmp_path):
-    """GenEval's own code writes samples/0000.png: the page of such a folder was empty."""
+def test_image_names_with_fewer_digits_are_found(tmp_path):
+    """GenEval's own code writes samples/0000.png; the page of such a folder used to be empty."""
     source = _folder(tmp_path / "a" / "images", RED)
     _judge(tmp_path / "a", sample_file(1, 0))
     for folder in [p for p in source.iterdir() if p.is_dir()]:
@@ -151,8 +153,10 @@ def test_names_of_images_as_judges_take_them(tmp_path):
         write_review(tmp_path / "r", columns, title="t")
 
 
-def test_rows_are_prompts_whatever_their_numbers(tmp_path):
-    """A benchmark of every 30th prompt leaves 00000, 00030 ...; models draw into 00000, 00001."""
+def test_columns_are_matched_by_prompts_not_numbers(tmp_path):
+    """A benchmark of every 30th prompt writes 00000, 00030, ...; a model that draws the same
+    prompts writes 00000, 00001, ...
+    """
     drawn = _folder(tmp_path / "r" / "columns" / "drawn", RED)
     spread = _folder(tmp_path / "s" / "images", GREEN)
     _judge(tmp_path / "s", sample_file(2, 1))
@@ -177,10 +181,10 @@ def test_rows_are_prompts_whatever_their_numbers(tmp_path):
         assert [n for n, i in judged.items() if not i["verdict"]["share"]] == [
             f"{folders[2]}/samples/00001.png"
         ]
-    assert len(list(drawn.glob("*/samples/*.png"))) == 6, "what was drawn stays"
+    assert len(list(drawn.glob("*/samples/*.png"))) == 6, "drawn images stay"
 
 
-def test_images_that_changed_are_brought_again(tmp_path):
+def test_changed_images_are_copied_again(tmp_path):
     source = _folder(tmp_path / "elsewhere", RED)
     column = Column("a", source, {})
     write_review(tmp_path / "r", [column], title="t")
@@ -190,8 +194,8 @@ def test_images_that_changed_are_brought_again(tmp_path):
     assert there.read_bytes() == (source / sample_file(0, 0)).read_bytes()
 
 
-def test_two_names_that_are_spelled_alike_as_folders(tmp_path):
-    """The second column's images took the place of the first one's."""
+def test_columns_whose_names_give_the_same_folder_stay_apart(tmp_path):
+    """The second column's images used to replace the first one's."""
     columns = [
         open_column(name, _folder(tmp_path / color, color))
         for name, color in (("a b", RED), ("a-b", GREEN), ("..", BLUE))
@@ -202,8 +206,8 @@ def test_two_names_that_are_spelled_alike_as_folders(tmp_path):
             assert image.getpixel((0, 0)) == tuple(bytes.fromhex(color[1:]))
 
 
-def test_a_page_written_again_shows_none_of_the_images_before(tmp_path):
-    """Samples and stages that the new images lack stayed, and were shown as theirs."""
+def test_a_rewritten_page_shows_no_earlier_images(tmp_path):
+    """Earlier samples and stages that the new images lack used to stay and be shown as theirs."""
     before = _folder(tmp_path / "before", RED, staged=True, samples=4)
     now = _folder(tmp_path / "now", GREEN)
     for source in (before, now):
@@ -214,8 +218,8 @@ def test_a_page_written_again_shows_none_of_the_images_before(tmp_path):
     assert len(files) == 6 + 3, "images and metadata"
 
 
-def test_names_beside_the_layout_are_left_alone(tmp_path):
-    """They ended the program with a traceback."""
+def test_names_outside_the_layout_are_ignored(tmp_path):
+    """They used to end the program with a traceback."""
     source = _folder(tmp_path / "a", RED)
     for name in ("00000/samples/00000 (1).png", "00000/samples/copy.png", "0 copy/samples/0.png"):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +275,7 @@ def test_the_program_draws_what_is_missing(tmp_path, shapes_ckpt, monkeypatch):
     assert [column["name"] for column in columns] == ["after", "before"]
 
 
-def test_what_cannot_be_shown(refusal):
+def test_bad_models_are_refused(refusal):
     assert "give --ckpt, --against or --images" in refusal("--prompt", "x")
     assert "no --ckpt is given" in refusal("--with-base", "--against", "shapes", "--prompt", "x")
     assert "is itself a base" in refusal("--with-base", "--ckpt", "shapes", "--prompt", "x")
@@ -280,20 +284,22 @@ def test_what_cannot_be_shown(refusal):
     )
 
 
-def test_an_export_has_no_base_of_its_own(tmp_path, refusal, shapes_ckpt):
-    """The answer was to give it as --ckpt, as it was."""
+def test_with_base_is_refused_for_an_export(tmp_path, refusal, shapes_ckpt):
+    """An export does not contain its base. The message used to say: give it as --ckpt, which is
+    what the user had done.
+    """
     out = export(ExportOptions(Path(shapes_ckpt), tmp_path / "out"))
     message = refusal("--ckpt", out, "--with-base", "--prompt", "x")
     assert "does not contain its own base" in message
 
 
-def test_options_of_models_are_refused_where_none_draws(tmp_path, refusal):
+def test_model_options_are_refused_if_no_model_draws(tmp_path, refusal):
     there = _folder(tmp_path / "there", RED)
     message = refusal("--images", there, "--prompt", "x", "--cfg-scale", 3, "--samples", 2)
     assert "--cfg-scale, --prompt, --samples: needs a model that draws" in message
 
 
-def test_what_does_not_belong_together_is_named_before_drawing(tmp_path, refusal, monkeypatch):
+def test_mismatched_columns_are_refused_before_drawing(tmp_path, refusal, monkeypatch):
     monkeypatch.setattr(DrawingModelOptions, "load", None)
     there = _folder(tmp_path / "there", RED)
     asked = ("--ckpt", "shapes", "--out", tmp_path / "out")
@@ -308,7 +314,7 @@ def test_what_does_not_belong_together_is_named_before_drawing(tmp_path, refusal
 # -- in a browser ----------------------------------------------------------------------------------
 @pytest.fixture
 def tab(browser, page):
-    """The page with nothing kept from before; an error in it fails the test."""
+    """The page in a browser, with empty local storage; an error on it fails the test."""
     browser.open(page)
     browser.run("localStorage.clear()")
     browser.open(page)
@@ -320,22 +326,24 @@ SHOWN = seen(".prompt h2", "e.textContent")
 SOURCES = seen(".cell img", "e.getAttribute('src')")
 
 
-def test_prompts_and_names_stay_text(tab):
+def test_prompts_and_names_are_escaped(tab):
     assert tab.run("document.title") == "One & <u>two</u>"
     assert tab.run(SHOWN) == PROMPTS
     assert tab.run(seen(".head b", "e.textContent")) == ["refined", "judged <i>"]
     assert tab.run("document.querySelectorAll('#evil, h1 u, .head i').length") == 0
     assert len(tab.run(SOURCES)) == 12
-    assert set(tab.run(seen(".cell img", "e.loading"))) == {"lazy"}, "not 1,600 at once"
+    assert set(tab.run(seen(".cell img", "e.loading"))) == {"lazy"}, (
+        "a large page must not load all its images at once"
+    )
 
 
-def test_stages_and_what_they_changed(tab):
+def test_stages_and_their_changed_codes_are_shown(tab):
     assert all("/samples/" in source for source in tab.run(SOURCES))
     tab.run(type_in(".stage", "2"))
     drafts = {f"columns/refined/{stage_file(p, s, 2)}" for p in range(3) for s in range(2)}
     shown = tab.run(SOURCES)
     assert drafts < set(shown)
-    assert sum("/samples/" in source for source in shown) == 6, "of the model that has no stages"
+    assert sum("/samples/" in source for source in shown) == 6, "images of the model without stages"
     assert tab.run(text(".stage-name")) == "draft 2"
     tab.run(click(".map"))
     pixels = "e.getContext('2d').getImageData(0, 0, 3, 2).data"
@@ -348,7 +356,7 @@ def test_stages_and_what_they_changed(tab):
     tab.wait(text(".stage-name") + " == 'final'")
 
 
-def test_filters(tab):
+def test_filters_by_text_tag_and_verdict(tab):
     tab.press("/")
     assert tab.run("document.activeElement.id") == "search"
     tab.run(type_in("#search", "STARS"))
@@ -363,7 +371,7 @@ def test_filters(tab):
     assert tab.run(SHOWN) == [] and tab.run(seen(".empty", "1")) == [1]
 
 
-def test_one_picture_large(tab):
+def test_an_image_is_shown_large(tab):
     tab.run(click(".cell figure"))
     title = text("#zoom header span")
     assert tab.run(title) == "refined, sample 0"
@@ -373,7 +381,7 @@ def test_one_picture_large(tab):
         tab.press("ArrowDown")
     assert tab.run(text("#zoom h3")) == "two stars"
     assert tab.run(seen("#zoom li", "e.textContent")) == ["expected 2 stars", "found 1"]
-    for number, moved in enumerate(["refined, sample 0", "judged <i>, sample 0"]):  # a finger's way
+    for number, moved in enumerate(["refined, sample 0", "judged <i>, sample 0"]):  # touch buttons
         tab.run(click("#zoom .moves button", number))
         assert tab.run(title) == moved
     tab.run(click("#zoom .moves button", 2))
@@ -392,10 +400,11 @@ def test_blind_votes_and_notes_are_saved_and_loaded(tab, page, tmp_path):
             tab.press("2")
             tab.press("u")
         sides = tab.run(seen("#vote img", "e.getAttribute('src')"))
-        tab.press("2" if sides[1].startswith("columns/refined/") else "1")  # always that one
+        # Always vote for the refined image.
+        tab.press("2" if sides[1].startswith("columns/refined/") else "1")
     cells = tab.run(seen("#vote td", "e.textContent"))
     assert cells[:5] == ["refined", "judged <i>", "6", "0", "0"]
-    # What is offered for download is kept instead.
+    # Keep the offered download in a variable.
     tab.run("URL.createObjectURL = blob => { blob.text().then(t => window.saved = t); return '#' }")
     tab.run(click("#save"))
     tab.wait("window.saved")
@@ -416,7 +425,7 @@ def test_blind_votes_and_notes_are_saved_and_loaded(tab, page, tmp_path):
 
 def test_notes_survive_a_reload(tab, page):
     tab.run(type_in("textarea", "good"))
-    for _ in range(20):  # a busy browser's next process may hear of what is stored a little later
+    for _ in range(20):  # in a busy browser, the next page may see the stored note a little later
         tab.open(page)
         if tab.run("document.querySelector('textarea').value") == "good":
             return
@@ -424,7 +433,7 @@ def test_notes_survive_a_reload(tab, page):
     pytest.fail("the note is gone")
 
 
-def test_on_a_phone_and_in_the_dark(tab):
+def test_the_page_fits_a_phone_in_dark_mode(tab):
     with phone_in_the_dark(tab):
         assert len(tab.run(seen(".cell .name", "1"))) == 6
         tab.run(click("#vote-blind"))

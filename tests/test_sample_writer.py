@@ -1,5 +1,5 @@
-"""50,000 images into one file: streamed, resumed after a kill, shared by processes, in an order
-that scores can use.
+"""Drawing 50,000 images into one .npz or folder: streamed, resumed after a kill, shared by
+processes, and in an order that scores can use.
 """
 
 import json
@@ -29,7 +29,9 @@ SIZE = (4, 6)
 
 
 class Draw:
-    """Images of one colour, their number; dies when asked for the batch with this number."""
+    """Draws images whose pixels all hold the image's number; raises `Killed` instead of drawing
+    its batch number `dies_at`.
+    """
 
     def __init__(self, dies_at=None):
         self.drawn, self.dies_at = [], dies_at
@@ -58,11 +60,11 @@ def check(out):
 
 @pytest.fixture(params=["samples.npz", "samples"])
 def out(request, tmp_path):
-    """The name of a file or a folder."""
+    """Where to write: an .npz file or a folder of PNG files."""
     return tmp_path / "deep" / request.param
 
 
-def test_npz(tmp_path):
+def test_an_npz_and_its_settings_are_written(tmp_path):
     out = write(tmp_path / "samples.npz")
     check(out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.npz", "samples.npz.json"]
@@ -75,7 +77,7 @@ def test_npz(tmp_path):
     assert settings == {"seed": 0, **shared, "about": {}}
 
 
-def test_png(tmp_path):
+def test_png_files_are_written(tmp_path):
     out = write(tmp_path / "samples")
     check(out)
     assert len(list(out.glob("*.png"))) == 10
@@ -120,7 +122,7 @@ def test_resume_after_a_kill_while_writing_an_npz(tmp_path, monkeypatch, moment)
 
         return call
 
-    # os.replace: the record, a part for each of four batches, the .npz.
+    # os.replace is called for the record, a part for each of four batches, and the .npz.
     with monkeypatch.context() as patch:
         if moment == "packing":
             patch.setattr(np, "load", dying(np.load, 3))
@@ -142,7 +144,7 @@ def test_resume_after_a_kill_while_writing_an_npz(tmp_path, monkeypatch, moment)
     assert found == whole
 
 
-def test_a_png_that_is_missing_is_drawn_with_its_batch(tmp_path):
+def test_a_missing_png_is_drawn_again_with_its_batch(tmp_path):
     out = write(tmp_path / "samples")
     whole = folder_content(out.parent)
     (out / "000004.png").unlink()
@@ -164,7 +166,7 @@ def test_two_processes_write_what_one_writes(out):
     assert [draw.drawn for draw in drawn] == [[(0, 3), (6, 9)], [(3, 6), (9, 10)]]
 
 
-def test_a_missing_process_is_noticed_and_its_work_taken_over(out):
+def test_a_missing_process_is_noticed_and_its_batches_are_drawn_later(out):
     with pytest.raises(TimeoutError):
         write(out, processes=Processes(0, 2, patience=0.1))
     rest = Draw()
@@ -174,19 +176,19 @@ def test_a_missing_process_is_noticed_and_its_work_taken_over(out):
 
 
 def claimed(out, processes):
-    """The place of four images, each a batch of its own."""
+    """A claimed place for four images in batches of one."""
     place = numbered_place(out, 4, processes)
     place.claim({"size": list(SIZE), "batch_size": 1}, {})
     return place
 
 
-def test_patience_begins_anew_with_every_batch(tmp_path, monkeypatch):
+def test_patience_restarts_with_every_batch(tmp_path, monkeypatch):
     first = claimed(tmp_path / "a.npz", ALONE)
     waiting = claimed(tmp_path / "a.npz", Processes(1, 2, patience=10))
     now, todo = 0.0, numbered_batches(4, 1)
 
     def sleep(seconds):
-        """Eight of ten seconds pass, in which another process draws a batch or, at last, ends."""
+        """Eight of the ten seconds pass, and another process draws a batch or, at last, ends."""
         nonlocal now
         now += 8
         if todo:
@@ -204,8 +206,8 @@ def test_patience_begins_anew_with_every_batch(tmp_path, monkeypatch):
     waiting.finish()
 
 
-def test_nothing_is_missing_once_the_file_is_there(tmp_path):
-    """A process that comes late, when another has packed the parts and removed them."""
+def test_nothing_is_missing_once_the_file_exists(tmp_path):
+    """Holds for a process that arrives after another has packed the parts and removed them."""
     late = claimed(tmp_path / "a.npz", ALONE)
     assert all(late.missing(batch) for batch in numbered_batches(4, 1))
     (tmp_path / "a.npz").touch()
@@ -227,14 +229,16 @@ def test_images_of_other_settings_are_not_continued(out):
     assert folder_content(out.parent) == before
 
 
-def test_a_run_that_was_stopped_before_its_first_image_claims_nothing(out):
-    """It was refused for images that are not there, in a file that does not exist."""
+def test_a_run_stopped_before_its_first_image_claims_nothing(out):
+    """A later run with other settings may use the place. It used to be refused as if there were
+    images, in a file that did not even exist.
+    """
     with pytest.raises(Killed):
         write(out, Draw(dies_at=0))
     assert (out.parent / _record(out)).is_file()
     others = []
     late = Thread(target=lambda: others.append(claim_other(out, Processes(1, 2, patience=20))))
-    late.start()  # sees the record of the run before
+    late.start()  # sees the stopped run's record
     time.sleep(0.2)
     write(out, settings={"seed": 1})
     late.join()
@@ -243,8 +247,10 @@ def test_a_run_that_was_stopped_before_its_first_image_claims_nothing(out):
         write(out)
 
 
-def test_a_record_on_its_way_is_no_image(tmp_path):
-    """Who waits for it took the folder for occupied, and compared the record before."""
+def test_a_record_being_written_is_not_an_image(tmp_path):
+    """The record's temporary file does not make a folder occupied. A process waiting for the record
+    used to take the folder for occupied, and to compare its settings with the previous record.
+    """
     place = numbered_place(tmp_path, 10)
     (tmp_path / f"{place.record.name}.0123abcd.tmp").touch()
     assert not place.is_occupied()
@@ -257,7 +263,7 @@ def claim_other(out, processes):
     return numbered_place(out, 10, processes).claim(settings, {})
 
 
-def test_a_generation_folder_without_an_image_is_begun_anew(tmp_path):
+def test_a_generation_folder_without_images_is_reused(tmp_path):
     first = GenerationFolder(tmp_path, [{"prompt": "a"}, {"prompt": "b"}])
     first.claim({"seed": 0}, {})
     first.write_prompts([0, 1])
@@ -282,14 +288,14 @@ def test_files_of_others_are_not_overwritten(tmp_path):
         write(tmp_path / "folder")
 
 
-def test_labels():
+def test_sample_labels():
     balanced = sample_labels(50, 8, balanced=True, seed=0)
     counts = balanced.bincount(minlength=8)
     assert counts.tolist() == [7, 7, 6, 6, 6, 6, 6, 6]
     assert len(balanced[:10].unique()) > 4 and not torch.equal(balanced, balanced.sort().values)
     assert torch.equal(balanced, sample_labels(50, 8, balanced=True, seed=0))
     assert not torch.equal(balanced, sample_labels(50, 8, balanced=True, seed=1))
-    # Every part of 5,000 images, as the Inception Score takes them, has nearly all classes.
+    # Each part of 5,000 images, as used by the Inception Score, has nearly all classes.
     parts = sample_labels(50_000, 1000, balanced=True, seed=0).split(5000)
     assert min(len(part.unique()) for part in parts) > 980
     drawn = sample_labels(5000, 8, balanced=False, seed=0)

@@ -1,4 +1,4 @@
-"""The shapes world: grammar, scenes, the data set writer, and the detector that reads it back."""
+"""The shapes world: prompts, scenes, the detector that recognizes them, and the data set writer."""
 
 import collections
 import json
@@ -92,7 +92,7 @@ def test_scenes_are_a_pure_function_of_seed_and_index():
     )
 
 
-def test_scenes_keep_their_promises():
+def test_scenes_match_their_metadata():
     for index in range(600):
         scene = sample_scene(1, index)
         assert not is_held_out(scene.metadata)
@@ -131,7 +131,8 @@ def test_detector_is_exact_on_rendered_scenes(size, count):
 
 
 @pytest.mark.parametrize(("blur", "noise"), [(0, 0), rare(0.7, 0), rare(0, 10), (0.7, 10)])
-def test_verdicts_survive_what_an_autoencoder_does(blur, noise):
+def test_verdicts_survive_blur_and_noise(blur, noise):
+    """The damage is of the kind that an autoencoder does."""
     rng = np.random.default_rng(0)
     scenes = [sample_scene(7, index) for index in range(120)]
     images = [damaged(render(scene), blur, noise, rng) for scene in scenes]
@@ -139,7 +140,7 @@ def test_verdicts_survive_what_an_autoencoder_does(blur, noise):
     assert report.summary.fraction_correct_images >= (0.97 if blur or noise else 1)
 
 
-def test_a_wrong_scene_is_judged_wrong():
+def test_other_scenes_are_judged_wrong():
     scenes = [sample_scene(2, index) for index in range(60)]
     images = [render(scene) for scene in scenes]
     others = [scene.metadata for scene in scenes[1:] + scenes[:1]]
@@ -147,10 +148,10 @@ def test_a_wrong_scene_is_judged_wrong():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_scores_drop_with_damage(shape):
+def test_detection_scores_drop_with_damage(shape):
     whole = np.asarray(one(shape))
     scores = []
-    for missing in (0, 3, 5, 10):  # columns of 20 lost on the left
+    for missing in (0, 3, 5, 10):  # of the shape's 20 columns, from the left
         pixels = whole.copy()
         pixels[:, : 22 + missing] = BACKGROUND
         found = DETECTOR.detect(pixels)
@@ -161,7 +162,7 @@ def test_scores_drop_with_damage(shape):
     assert scores[3] < 0.3
 
 
-def test_detector_ignores_what_is_no_object():
+def test_detector_ignores_specks_backgrounds_and_noise():
     rng = np.random.default_rng(0)
     specks = np.asarray(Image.new("RGB", (64, 64), BACKGROUND)).copy()
     for y, x in rng.integers(0, 60, (20, 2)):
@@ -198,7 +199,7 @@ def test_write_dataset_resumes_extends_and_refuses(tmp_path: Path):
     (tmp_path / rows[2]["file_name"]).unlink()
     assert write_dataset(tmp_path, 4, seed=1) == (1, 3)
     assert write_dataset(tmp_path, 6, seed=1) == (2, 4)
-    assert write_dataset(tmp_path, 3, seed=1) == (0, 3)  # a smaller n takes nothing away
+    assert write_dataset(tmp_path, 3, seed=1) == (0, 3)  # a smaller number deletes nothing
     assert len((tmp_path / "metadata.jsonl").read_text().splitlines()) == 6
     with pytest.raises(ValueError, match="a different data set"):
         write_dataset(tmp_path, 4, seed=2)

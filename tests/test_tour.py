@@ -1,4 +1,4 @@
-"""The notebook: its file, and its cells in order; how results show themselves in one."""
+"""The notebook examples/tour.ipynb (file and cells), recipes as a library, results as tables."""
 
 import ast
 import json
@@ -26,8 +26,8 @@ def cells(kind: str) -> list[dict]:
     return [cell for cell in found if cell["cell_type"] == kind]
 
 
-def test_it_is_a_notebook_of_format_4_5():
-    """What nbformat's schema asks for."""
+def test_the_file_is_a_notebook_of_format_4_5():
+    """The file has what nbformat's schema requires."""
     content = json.loads(TOUR.read_text(encoding="utf-8"))
     assert (content["nbformat"], content["nbformat_minor"]) == (4, 5)
     assert set(content) == {"cells", "metadata", "nbformat", "nbformat_minor"}
@@ -47,7 +47,7 @@ def source(cell: dict) -> str:
 
 
 @pytest.mark.slow
-def test_its_cells_run_in_order(tmp_path, monkeypatch):
+def test_the_cells_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     shown = []
@@ -60,12 +60,12 @@ def test_its_cells_run_in_order(tmp_path, monkeypatch):
     assert repr(shown[0]).startswith("LlamaGen(text, ")
     assert "TensorAR(k=4, codec" in repr(shown[1]) and "trained: nothing yet" in repr(shown[1])
     assert "trained: backbone + codec" in repr(shown[2])
-    assert [one.mode for one in shown[3:5]] == ["RGB", "RGB"], "sheets"
+    assert [one.mode for one in shown[3:5]] == ["RGB", "RGB"], "sheets of images"
     assert "| **overall** | **" in shown[5]._repr_markdown_() and len(shown[6]) == 6
 
 
 # -- recipes as a library --------------------------------------------------------------------------
-def test_a_recipe_with_options():
+def test_options_change_a_recipe():
     plain = t2i.recipe("shapes-tuned")
     options = {"run_dir": "runs/x", "steps": 7, "data.source": "mine", "optim.codec-lr": 1e-4}
     changed = t2i.recipe("shapes-tuned", {**options, "optim.betas": [0.8, 0.9]})
@@ -79,8 +79,8 @@ def test_a_recipe_with_options():
     assert isinstance(t2i.recipe("rar-shapes").data, LabelledOptions)
 
 
-def test_a_mapping_changes_what_it_names_alone():
-    """It put the other options of the part back to their class's defaults."""
+def test_a_mapping_changes_only_the_options_it_names():
+    """It used to reset the part's other options to their class's defaults."""
     dotted = t2i.recipe("shapes-small-data", {"optim.betas": (0.8, 0.9), "data.source": "mine"})
     parts = {"optim": {"betas": [0.8, 0.9]}, "data": {"source": "mine"}}
     assert t2i.recipe("shapes-small-data", parts) == dotted
@@ -88,8 +88,8 @@ def test_a_mapping_changes_what_it_names_alone():
     assert t2i.recipe("shapes-small-data", both) == dotted
 
 
-def test_the_home_folder_of_a_recipe(monkeypatch):
-    """It made a folder named "~"."""
+def test_a_tilde_in_paths_of_a_recipe_is_expanded(monkeypatch):
+    """A folder named "~" used to be made."""
     monkeypatch.setenv("HOME", "/at/home")
     options = {"run_dir": "~/runs/a", "data.source": "~/mine", "data.cache_dir": Path("~/cache")}
     config = t2i.recipe("shapes-tuned", {**options, "data.trigger": "~sks"})
@@ -99,7 +99,7 @@ def test_the_home_folder_of_a_recipe(monkeypatch):
     assert images == ("/at/home/images", "b")
 
 
-def test_train_does_not_pass_over_check(tiny_world):
+def test_train_refuses_the_check_option(tiny_world):
     config = tiny_run(tiny_world, "looked-at", check=True)
     with pytest.raises(t2i.UserError, match=r"print\(t2i.check\(config\)\)"):
         t2i.train(config)
@@ -122,13 +122,13 @@ def test_train_does_not_pass_over_check(tiny_world):
         ("shapes-tuned", {"optim.codec_lr": -1.0}, "optim.codec_lr=-1.0 must be a number"),
     ],
 )
-def test_bad_options_of_a_recipe(name, options, message):
+def test_bad_options_of_a_recipe_are_refused(name, options, message):
     with pytest.raises(t2i.UserError, match=message):
         t2i.recipe(name, options)
 
 
 # -- results as tables -----------------------------------------------------------------------------
-def test_geneval_shows_itself_as_a_table():
+def test_geneval_results_are_shown_as_a_table():
     entry = colors("circle", "red")
     odd = {**entry, "tag": "<b>|*x*"}
     image = Image.new("RGB", (64, 64), "white")
@@ -140,7 +140,7 @@ def test_geneval_shows_itself_as_a_table():
     assert rows[4] == "| &#60;b&#62;&#124;&#42;x&#42; | 0.000 | - | 1 | 1 |"
 
 
-def test_dpg_bench_shows_itself_as_a_table():
+def test_dpg_bench_results_are_shown_as_a_table():
     questions = tuple(Question("i", "p", n, (), "entity - <i> (x)", "is it?") for n in (1, 2))
     graph = QuestionGraph(questions, "")
     shown = dpg_score(graph, {"i": [{"1": "yes", "2": "no"}]})._repr_markdown_()

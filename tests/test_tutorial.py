@@ -1,4 +1,4 @@
-"""The way of docs/tutorial.md at tiny size: packages, folders, base, training, drawing, judge."""
+"""The steps of docs/tutorial.md at tiny size: packages, folders, base, training, drawing, judge."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def packages(tmp_path, monkeypatch):
 
 
 def _draw(svg_string, width, height, background):
-    """As PNG: a box whose colour is the thing's."""
+    """The renderer: a PNG of a box in the color of the thing."""
     number = next(i for i, thing in enumerate(THINGS) if f">{thing}<" in svg_string)
     image = Image.new("RGB", (width, height), background)
     ImageDraw.Draw(image).rectangle((3, 3, 10, 8), fill=(60 * number, 255 - 60 * number, 99))
@@ -51,7 +51,7 @@ def _draw(svg_string, width, height, background):
 
 @pytest.fixture
 def enter(monkeypatch, capsys):
-    """Runs a program with these arguments and returns what it printed."""
+    """A function that runs a program with these arguments and returns what it printed."""
 
     def run(program, *arguments):
         monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
@@ -78,7 +78,7 @@ def test_packages_become_folders_of_captioned_pictures(tmp_path, packages, enter
     assert Image.open(out / "mine" / "sun.png").size == (_SIDE, _SIDE)
 
 
-def test_few_things_in_many_views(tmp_path, packages, enter, monkeypatch):
+def test_a_few_things_in_several_views(tmp_path, packages, enter, monkeypatch):
     monkeypatch.setattr(emoji, "FEW", ("bus", "pear"))
     out = tmp_path / "few"
     options = ("--few", "--views", 3, "--mine-views", 2, "--size", _SIDE)
@@ -92,7 +92,7 @@ def test_few_things_in_many_views(tmp_path, packages, enter, monkeypatch):
     assert (out / "never.txt").read_text() == "pear, streamline style\n"
 
 
-def test_what_a_package_lacks_is_said(tmp_path, packages, monkeypatch):
+def test_missing_things_and_packages_are_named(tmp_path, packages, monkeypatch):
     icons, _ = emoji.read_package(packages, "noto")
     with pytest.raises(UserError, match="noto has no green-apple"):
         emoji.find(icons, "green apple", "noto")
@@ -101,7 +101,7 @@ def test_what_a_package_lacks_is_said(tmp_path, packages, monkeypatch):
 
 
 def test_pictures_that_cannot_be_read_are_skipped(tmp_path, capsys):
-    """One truncated picture ended the program in a traceback."""
+    """One truncated picture used to end the program in a traceback."""
     for name in ("a", "b", "c"):
         Image.new("RGB", (40, 30), "red").save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(f"a {name}")
@@ -123,7 +123,7 @@ def test_pictures_that_cannot_be_read_are_skipped(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_tutorials_way(tmp_path, packages, enter, monkeypatch):
+def test_the_tutorial_runs(tmp_path, packages, enter, monkeypatch):
     monkeypatch.chdir(tmp_path)
     enter(emoji, "--packages", packages, "--size", _SIDE)
     said = enter(
@@ -162,15 +162,16 @@ def test_the_tutorials_way(tmp_path, packages, enter, monkeypatch):
 
 
 # -- the judge -------------------------------------------------------------------------------------
-def test_a_caption_without_a_comma_is_a_thing_in_the_style_that_is_asked_for():
+def test_captions_are_split_into_thing_and_style():
+    """A caption without a comma is a thing in the requested style."""
     assert judge.thing_and_style("Sun", "xyz") == ("sun", "xyz")
     assert judge.thing_and_style("a cat, dog, noto style", "xyz") == ("a cat, dog", "noto")
 
 
-def test_verdicts_count_things_styles_and_the_captions_of_others():
+def test_verdicts_are_rates_of_things_and_styles():
     import torch
 
-    said = torch.tensor([[9.0, 0, 0], [9.0, 0, 0], [0, 0, 9.0]])  # of three pictures: a, a, c
+    said = torch.tensor([[9.0, 0, 0], [9.0, 0, 0], [0, 0, 9.0]])  # three pictures, seen as a, a, c
     pictures = judge.Pictures(torch.zeros(3, 3, 4, 4), ["a", "b", "c"], ["x", "x", "y"])
     answers = (said, torch.tensor([[1.0, 0], [0, 1.0], [0, 1.0]]))
     found = judge.verdicts_on(lambda pixels: answers, pictures, ["a", "b", "c"], ["x", "y"])
@@ -179,7 +180,7 @@ def test_verdicts_count_things_styles_and_the_captions_of_others():
     assert found["thing_with_captions_of_others"] == pytest.approx(1 / 6)
 
 
-def test_a_copy_is_nearer_to_what_was_trained_on_than_any_real_picture():
+def test_nearest_finds_the_closest_training_picture():
     import torch
 
     known = torch.stack([torch.full((3, 4, 4), value) for value in (-1.0, 0.0, 1.0)])
