@@ -228,6 +228,12 @@ def test_the_sheet_of_the_step_where_a_run_stopped(tiny_world, stage):
     train(tiny_run(tiny_world, name, steps=2, resume=True, **options))
     sheets = sorted((tiny_world / "runs" / name / "samples").iterdir())
     assert [sheet.name for sheet in sheets] == ["step_000001.png", "step_000002.png"]
+    # As after a kill between the last checkpoint and its sheet: the page shows what is drawn now.
+    page = sheets[0].parents[1] / "index.html"
+    sheets[-1].unlink()
+    page.unlink()
+    train(tiny_run(tiny_world, name, steps=2, resume=True, **options))
+    assert sheets[-1].is_file() and sheets[-1].name in page.read_text()
 
 
 def test_resume_without_a_checkpoint(tiny_world, monkeypatch):

@@ -306,6 +306,8 @@ class Run:
         drawn = self.processes.on_main(self.sheet_path().is_file)
         if self.step > 0 and self.sheet_due() and not drawn:
             self.sample_sheet()
+            if self.processes.is_main:  # no step may follow that would do it
+                refresh_run_page(self.config.run_dir)
 
 
 def train(config: TrainConfig, kind: type[Run] = Run) -> Path:
