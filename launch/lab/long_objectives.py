@@ -71,7 +71,7 @@ class Method(Objective):
 class SharedNoise(Method):
     """Own drafts that share the noise of their position's final code. It is drawn given that the
     true code has the largest log p + G under slot 0's prediction (Maddison et al. 2014, A*
-    sampling, top down).
+    sampling, top down); a draft is the code that has the largest under its own slot's prediction.
 
     So drafts keep their own distribution, yet tell more of the true code than the past does.
     """
