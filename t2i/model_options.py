@@ -230,7 +230,9 @@ class DrawingModelOptions(ModelOptions):
         if given:
             typed = [name.removeprefix("sampling.").replace("_", "-") for name in given]
             names = ", ".join(f"--{name}" for name in typed)
-            raise UserError(f"{names}: needs a model that draws, but none is given; leave it out")
+            raise UserError(
+                f"{names}: only for a model that draws, but none is given; leave it out"
+            )
 
     def drawing(self, model: "TensorAR", *, among_others: bool = False) -> DrawOptions:
         """The settings to draw with this model; UserError if it cannot be drawn with them.

@@ -193,7 +193,7 @@ def test_mistakes_are_reported(refusal, finished, shapes_ckpt, tiny_world, tmp_p
     assert "give either --ckpt" in refusal("--ckpt", "a", "--images", "b", *out)
     assert "nowhere does not exist" in refusal("--ckpt", tmp_path / "nowhere", *out)
     drawn = ("--images", finished / "images", "--cfg-scale", 5, "--seed", 7, "--base.family", "rar")
-    named = "--base.family, --seed, --cfg-scale: needs a model that draws"
+    named = "--base.family, --seed, --cfg-scale: only for a model that draws"
     assert named in refusal(*drawn, *out), "these options used to be ignored silently"
     assert "nowhere does not exist" in refusal(
         "--images", tmp_path / "nowhere", "--prompts", "shapes", *out

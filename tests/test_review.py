@@ -296,7 +296,7 @@ def test_with_base_is_refused_for_an_export(tmp_path, refusal, shapes_ckpt):
 def test_model_options_are_refused_if_no_model_draws(tmp_path, refusal):
     there = _folder(tmp_path / "there", RED)
     message = refusal("--images", there, "--prompt", "x", "--cfg-scale", 3, "--samples", 2)
-    assert "--cfg-scale, --prompt, --samples: needs a model that draws" in message
+    assert "--cfg-scale, --prompt, --samples: only for a model that draws" in message
 
 
 def test_mismatched_columns_are_refused_before_drawing(tmp_path, refusal, monkeypatch):
