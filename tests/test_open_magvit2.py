@@ -308,9 +308,12 @@ def test_initialization_for_pretraining():
 def test_gradient_checkpointing_changes_nothing():
     gradients = []
     for recompute in (False, True):
-        model = open_gates(TensorAR(tiny_open_magvit2(), presets.iclr2026()).eval())
+        model, passes = open_gates(TensorAR(tiny_open_magvit2(), presets.iclr2026()).eval()), []
         model.backbone.gradient_checkpointing = recompute
+        block = model.backbone.transformer.spatial_blocks[0]
+        block.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         loss_of(model).backward()
+        assert len(passes) == 1 + recompute
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
     assert all(g.abs().sum() > 0 for n, g in gradients[0].items() if "class_emb" not in n)

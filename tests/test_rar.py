@@ -191,11 +191,14 @@ def test_every_parameter_trains_and_recomputation_changes_nothing():
     model = TensorAR(tiny_rar(), presets.base())
     codes = tiny_codes(model.backbone, 3, 16)
     drop = torch.tensor([False, False, True])
-    gradients = []
+    gradients, passes = [], []
+    model.backbone.gpt.blocks[0].register_forward_pre_hook(lambda *_: passes.append(1))
     for recompute in (False, True):
         model.backbone.gradient_checkpointing = recompute
         model.zero_grad()
+        passes.clear()
         loss_of(model, codes, drop).backward()
+        assert len(passes) == 1 + recompute
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
     assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
     still = {n for n, g in gradients[0].items() if not g.abs().sum() > 0}
