@@ -314,7 +314,7 @@ def test_a_damaged_shard_says_what_to_do(tmp_path, what, suffix):
     build(open_source(tmp_path / "data"), tmp_path / "cache")
 
 
-@pytest.mark.parametrize("content", ["{}", "[1]", "{", "", '{"key": {"format": 3}}'])
+@pytest.mark.parametrize("content", ["{}", "[1]", "{", "", '{"key": {"format": 4}}'])
 def test_a_damaged_manifest_says_what_to_do(tmp_path, content):
     """It used to be a traceback, or the advice to copy it again."""
     source = open_source(make("sidecar", tmp_path / "data"))

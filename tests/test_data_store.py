@@ -18,6 +18,7 @@ from t2i.data.images import ImageRules, Views
 from t2i.data.order import sample_index
 from t2i.data.samples import Sample, Source
 from t2i.data.store import CodeStore
+from t2i.errors import UserError
 from t2i.processes import ALONE, Processes
 
 WIDTH = 4  # of the text features
@@ -283,8 +284,37 @@ def test_another_format_is_refused(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["key"]["format"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"has the format None, this version reads only 3"):
+    with pytest.raises(ValueError, match=r"has the format None, this version reads only 4"):
         CodeStore(folder)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".jsonl"])
+def test_a_flipped_bit_is_noticed(tmp_path, suffix):
+    """Case 3, for caches: training went on with other codes, features or captions."""
+    folder = build(make_samples(), tmp_path)
+    path = folder / f"shard_00000{suffix}"
+    whole = path.read_bytes()
+
+    def read():
+        store = CodeStore(folder)
+        pixels = store.same_images()
+        rows = range(len(store))
+        return [store.codes(rows), pixels, *store.features(rows, 9), *map(store.condition, rows)]
+
+    wanted, noticed = read(), 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
+        try:
+            found = read()
+        except UserError as error:
+            assert "missing or damaged" in str(error)
+            noticed += 1
+        else:  # in the padding of the header
+            assert all(
+                torch.equal(a, b) if torch.is_tensor(a) else a == b
+                for a, b in zip(found, wanted, strict=True)
+            )
+    assert noticed > len(whole) - 8
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -8,6 +8,9 @@
                                            captions, valid tokens only, back to back
                                          text_offsets [captions + 1] int64: rows of caption c in it
                                          caption_offsets [n + 1] int64: captions of sample i
+                                         NAME.crc32 int64: for each of these tensors, checksums of
+                                           its rows, or of the whole if it has one dimension
+                                         lines.crc32 [1] int64: checksum of the jsonl
              shard_00003.jsonl           a line for every sample read: {index, key, captions} if it
                                          is in the store (and notes if something is unusual),
                                          {index, key, reason, detail} if it was skipped
@@ -16,7 +19,7 @@
 
 A shard is written whole or not at all: its safetensors file is renamed into place last. Stores are
 filled by `encoding.py`. Opening one reads only the manifest; of a shard, only the rows that are
-requested are read.
+requested are read, and compared with their checksums.
 
 Shape legend: n = samples, B = batch, A = views of an image, T = positions, S = sub-tokens, C = text
 feature width.
@@ -24,6 +27,7 @@ feature width.
 
 import bisect
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
@@ -52,7 +56,8 @@ _TYPES = {
 }
 """Types of a shard's tensors, by their names in safetensors."""
 _SKIPPED = b'"reason":'  # as `sample_line` writes it; inside a string its quotes would be escaped
-FORMAT = 3
+_SUMS = ".crc32"
+FORMAT = 4
 """Part of the manifest and of the folder's name: change it whenever the files change."""
 MANIFEST = "manifest.json"
 _MANIFEST_KEYS = ("views", "text_dim", "labelled", "shards", "surroundings", "report")
@@ -128,11 +133,14 @@ class ShardWriter:
             tensors["text"] = torch.cat(self._text)
             tensors["text_offsets"] = _offsets([len(feature) for feature in self._text])
             tensors["caption_offsets"] = _offsets(self._captions)
+        lines = sorted(self._lines, key=lambda line: line["index"])
+        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        sums = {name + _SUMS: _checksums(tensor) for name, tensor in tensors.items()}
+        sums["lines" + _SUMS] = torch.tensor([zlib.crc32(content)])
         with replacing(self._path.with_suffix(".jsonl")) as temporary:
-            lines = sorted(self._lines, key=lambda line: line["index"])
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            temporary.write_bytes(content)
         with replacing(self._path) as temporary:
-            save_file(tensors, temporary)
+            save_file(tensors | sums, temporary)
 
 
 class ShardReader:
@@ -146,17 +154,31 @@ class ShardReader:
         # safe_open checks the file's size against the header, which mapping does not; but it
         # reports a file without read permission as missing, so `open` comes first.
         with _whole(self.path), open(self.path, "rb"), safe_open(self.path, framework="pt"):
-            return map_tensors(self.path)
+            tensors = map_tensors(self.path)
+            names = {name for name in tensors if not name.endswith(_SUMS)}
+            if tensors.keys() - names != {name + _SUMS for name in (*names, "lines")}:
+                raise ValueError(f"it holds {', '.join(tensors)}")
+            return tensors
+
+    def _rows(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
+        """Rows of a tensor; UserError if they have changed since they were written."""
+        rows, sums = self._tensors[name], self._tensors[name + _SUMS]
+        if rows.dim() > 1:
+            rows, sums = rows[start:end], sums[start:end]
+        with _whole(self.path):
+            if not torch.equal(_checksums(rows), sums):
+                raise ValueError(f"the checksum of its {name} differs")
+        return rows
 
     @cached_property
     def labels(self) -> list[int] | None:
         """Class ids, or None if the samples have captions."""
-        return self._tensors["labels"].tolist() if "labels" in self._tensors else None
+        return self._rows("labels").tolist() if "labels" in self._tensors else None
 
     @property
     def pixels(self) -> Tensor:
         """A hash int64 [n] of each captioned image: the same for the same pixels."""
-        return self._tensors["pixels"].clone()
+        return self._rows("pixels").clone()
 
     @property
     def codes_shape(self) -> tuple[int, int, int, int]:
@@ -181,10 +203,9 @@ class ShardReader:
         path = self.path.with_suffix(".jsonl")
         with _whole(path):
             content = path.read_bytes()
-            lines = [line for line in content.split(b"\n") if line and _SKIPPED not in line]
-            if len(lines) != (count := self.codes_shape[0]) or not content.endswith(b"\n"):
-                raise ValueError(f"it ends in line {len(lines)} of {count}")
-        return lines
+            if zlib.crc32(content) != self._tensors["lines" + _SUMS]:
+                raise ValueError("its checksum differs")
+        return [line for line in content.split(b"\n") if line and _SKIPPED not in line]
 
     def sample(self, row: int) -> dict:
         """{index, key, captions} of the sample in this row of the codes."""
@@ -192,15 +213,19 @@ class ShardReader:
 
     def codes(self, row: int, view: int) -> Tensor:
         """Codes int64 [T, S] of one view."""
-        return self._tensors["codes"][row, view].long()
+        return self._rows("codes", row, row + 1)[0, view].long()
 
     def features(self, row: int, choice: int, max_tokens: int) -> Tensor:
         """Features of one of the captions, float32 [n, C] with n <= max_tokens."""
-        captions, text = (self._tensors[name] for name in ("caption_offsets", "text_offsets"))
+        captions, text = self._offsets
         first, end = captions[row : row + 2].tolist()
         caption = first + choice % (end - first)
         start, end = text[caption : caption + 2].tolist()
-        return self._tensors["text"][start : min(end, start + max_tokens)].float()
+        return self._rows("text", start, min(end, start + max_tokens)).float()
+
+    @cached_property
+    def _offsets(self) -> tuple[Tensor, Tensor]:
+        return self._rows("caption_offsets"), self._rows("text_offsets")
 
 
 @contextmanager
@@ -210,7 +235,7 @@ def _whole(path: Path) -> Iterator[None]:
         yield
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (FileNotFoundError, SafetensorError, ValueError) as error:
+    except (FileNotFoundError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} is missing or damaged ({error}). Delete {path.parent} and start again: the "
             "data will be encoded again"
@@ -350,6 +375,12 @@ def _storable(feature: Tensor, caption: str) -> Tensor:
             "encoder in bfloat16 or float32; if its values exceed float16, return bfloat16"
         )
     return feature
+
+
+def _checksums(tensor: Tensor) -> Tensor:
+    """int64 [rows]: CRC-32 of each row, or of the whole tensor if it has one dimension."""
+    rows = tensor if tensor.dim() > 1 else tensor[None]
+    return torch.tensor([zlib.crc32(row.view(torch.uint8).numpy()) for row in rows]).long()
 
 
 def _offsets(lengths: Sequence[int]) -> Tensor:
