@@ -482,6 +482,7 @@ def test_a_users_prompts(tmp_path):
     ("options", "words"),
     [
         ({"functions": ()}, "functions is empty"),
+        ({"weights": (0.0,)}, "all its weights are 0, so nothing"),
         ({"functions": ("genval",)}, "'genval' is none of geneval"),
         ({"functions": ("dpg", "dpg")}, "has the same function twice"),
         ({"weights": (1.0, 2.0)}, "one weight for each of the functions"),

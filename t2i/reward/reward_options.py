@@ -80,11 +80,6 @@ class RewardOptions:
     """Images per prompt of these benchmarks; diversity needs two."""
 
     def __post_init__(self):
-        if not self.functions and (self.teacher is None or not self.kl):
-            raise UserError(
-                "reward.functions is empty, so nothing would be learned: name one of "
-                f"{', '.join(BUILT_IN)}, or learn a guided start (reward.start_cfg_scale, reward.kl)"
-            )
         for name in self.functions:
             if name not in BUILT_IN and not _is_path(name):
                 raise UserError(
@@ -97,6 +92,12 @@ class RewardOptions:
             raise UserError(
                 f"reward.weights={self.weights} must have one weight for each of the functions "
                 f"{', '.join(self.functions)}"
+            )
+        if not any(self.weighted().values()) and (self.teacher is None or not self.kl):
+            raise UserError(
+                "reward.functions is empty, or all its weights are 0, so nothing would be learned: "
+                f"name one of {', '.join(BUILT_IN)}, or learn a guided start "
+                "(reward.start_cfg_scale, reward.kl)"
             )
         if unknown := [name for name in self.watch if name not in BUILT_IN]:
             raise UserError(f"reward.watch: {unknown[0]!r} is none of {', '.join(BUILT_IN)}")
