@@ -197,7 +197,7 @@ def test_mistakes_in_flat_files(grids, tmp_path, refusal, caplog):
     some = ("--images", grids, "--questions", "shapes", "--limit", 2)
     grid = (*some, "--resolution", 64, "--out", tmp_path / "out")
     assert "holds images of 64 px, not of 32 px" in refusal(*grid[:-3], 32, *grid[-2:])
-    assert "--resolution is of the grids" in refusal("--ckpt", "shapes", "--resolution", 32)
+    assert "--resolution is only for grids" in refusal("--ckpt", "shapes", "--resolution", 32)
     assert "4 images, not --samples 5" in refusal(*grid, "--samples", 5)
     shutil.copy(grids / "single_object0.png", grids / "single_object0_1.png")
     assert "single_object0_1.png is beside single_object0.png" in refusal(*grid)
