@@ -215,12 +215,12 @@ def _copy(
     problems = []
     for index in progress_bar(selected, unit="prompt", desc="copying"):
         found, wrong = files.get(index, {}), []
-        images: dict[int, Image.Image] = {}
         digest = hashlib.sha256(repr(form).encode())
         for number, path in sorted(found.items()):
             digest.update(f"{number} {file_sha256(path)}".encode())
         if source["copied"].get(str(index)) == digest.hexdigest():
             continue
+        images: dict[int, Image.Image] = {}
         for number, path in found.items():
             try:
                 images |= form.read(number, path)

@@ -254,7 +254,7 @@ def list_scores(scores: BothWays) -> list[Score]:
 def format_scores(scores: BothWays, answerer: str) -> str:
     """A markdown table of both ways to count, with the answerer's name in its title."""
     table = score_table(list_scores(scores), f"DPG-Bench, judged by {answerer}", digits=2)
-    lacking = ""
+    text = f"{table}\n\n{LEGEND}"
     if scores.missing:
-        lacking = f"\nINCOMPLETE: {len(scores.missing)} prompts lack images."
-    return f"{table}\n\n{LEGEND}{lacking}"
+        text += f"\nINCOMPLETE: {len(scores.missing)} prompts lack images."
+    return text

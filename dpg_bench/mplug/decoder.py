@@ -161,11 +161,8 @@ def beam_search(
         candidates = (log_probs_QKV + log_probs_QK[..., None]) / penalty
         scores_QK, chosen_QK = candidates.flatten(1).topk(beams, dim=-1)
         vocab = log_probs_QKV.shape[-1]
-        log_probs_QK, origin_QK, tokens_QK = (
-            scores_QK * penalty,
-            chosen_QK // vocab,
-            chosen_QK % vocab,
-        )
+        log_probs_QK = scores_QK * penalty
+        origin_QK, tokens_QK = chosen_QK // vocab, chosen_QK % vocab
         kept = sequences_QKT.gather(1, origin_QK[..., None].expand_as(sequences_QKT))
         sequences_QKT = torch.cat([kept, tokens_QK[..., None]], dim=-1)
         finished_QK = (tokens_QK == end).tolist()
