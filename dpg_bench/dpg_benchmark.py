@@ -59,11 +59,9 @@ class DPGBench:
             self.label += f" ({', '.join(filter(None, facts))})"
 
     def identity(self) -> dict:
-        """The answerer, the question file and the kit's version. Hashed weights are identified by
-        their hash only: the name of their folder does not matter.
-        """
+        """The answerer, the question file and the kit's version."""
         judge = dict(self.answerer.identity())
-        if judge.get("sha256"):
+        if judge.get("sha256"):  # identifies the weights, whatever their folder is called
             judge.pop("weights", None)
         graph = {"git_blob_sha1": self.graph.blob}
         return {"answers": judge, "questions": graph, "versions": {"t2i": __version__}}

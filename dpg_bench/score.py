@@ -65,9 +65,7 @@ class PromptScore:
 
 @dataclass(frozen=True)
 class Tally:
-    """All scores of one way to count. l1, l2: categories, sorted by name. skipped: item id ->
-    reason.
-    """
+    """The scores of one way to count. l1, l2: categories by name. skipped: item id -> reason."""
 
     overall: Mean
     l1: dict[str, Mean]

@@ -33,8 +33,7 @@ _TOGETHER = {
 
 
 class MPlugAnswerer:
-    """Encodes each image once, and answers its questions in batches; see
-    `dpg_bench.answerers.Answerer`.
+    """An `Answerer` that encodes each image once and answers its questions in batches.
 
     batch: questions per batch. It does not affect answers, and scores only by rounding.
     """

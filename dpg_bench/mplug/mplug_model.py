@@ -131,8 +131,7 @@ class MPlug(nn.Module):
         """The network of a published folder, float32, in eval mode, on the CPU.
 
         Raises:
-            UserError: a file is missing or unreadable, or weights are missing, unknown or have the
-                wrong shape.
+            UserError: a file is unreadable, or a weight is missing, unknown or has a wrong shape.
         """
         folder = Path(folder)
         model = cls(MPlugConfig.load(folder))
