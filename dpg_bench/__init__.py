@@ -1,4 +1,4 @@
-"""DPG-Bench (ELLA, arXiv 2403.05135): dense prompts, judged question by question.
+"""DPG-Bench (ELLA, arXiv 2403.05135): long, detailed prompts, judged question by question.
 
     graph = load_questions("official")                 # dpg_bench.dpg_benchmark; or "shapes"
     answerer = load_answerer("mplug", device="cuda")   # dpg_bench.answerers; or "shapes"
@@ -6,5 +6,6 @@
     scores = score(graph, answers)                     # dpg_bench.score: official and corrected
     print(format_scores(scores, "mplug"))
 
-With images from a checkpoint or a folder, files, resume and a page of failures: dpg_bench/run.py.
+dpg_bench/run.py draws the images of a checkpoint or judges a folder, writes result files and a page
+of failures, and can resume.
 """

@@ -1,10 +1,10 @@
-"""Who answers DPG-Bench's questions: one interface, chosen by name (--judge), and always named
-beside the score.
+"""The judges that answer DPG-Bench's questions: one interface, chosen by name (--judge), and always
+named next to the score.
 
-    mplug     the official one (mPLUG-large), whose numbers alone belong in a table with others'
+    mplug     the official judge (mPLUG-large), the only one comparable with published scores
     shapes    the exact detector, for the shapes world's own questions
-    blip-vqa  BLIP's VQA model, the nearest relative of mPLUG in `transformers`
-    vlm       any image-text-to-text model of `transformers`, by P("yes") against P("no")
+    blip-vqa  BLIP's VQA model, the closest relative of mPLUG in `transformers`
+    vlm       any image-text-to-text model in `transformers`, comparing P("yes") with P("no")
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 OFFICIAL_ANSWERER = "mplug"
-# The hub's copies; ModelScope's damo/mplug_visual-question-answering_coco_large_en is the origin of
-# the first. An empty one needs no weights.
+# Hub ids. The first is a copy of ModelScope's damo/mplug_visual-question-answering_coco_large_en; a
+# judge with an empty id needs no weights.
 DEFAULT_WEIGHTS = {
     OFFICIAL_ANSWERER: "xingjianleng/mplug_visual-question-answering_coco_large_en",
     "shapes": "",
@@ -38,28 +38,27 @@ DEFAULT_WEIGHTS = {
 class Answerer(Protocol):
     """Answers questions about images.
 
-    One that knows certain questions only has `check(questions)` as well, which refuses others.
+    An answerer limited to certain questions also has `check(questions)`, which refuses others.
     """
 
     def identity(self) -> dict:
-        """For results files: "judge" (its name), its weights and their hash or revision."""
+        """For result files: "judge" (its name), its weights and their hash or revision."""
         ...
 
     def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
-        """The answer to each question, in their order. Only "yes", to the letter, counts."""
+        """The answer to each question, in order. Only exactly "yes" counts."""
         ...
 
 
 def answer_prompt(
     answerer: Answerer, images: Sequence[Image.Image], questions: Sequence[Question]
 ) -> list[dict[str, str]]:
-    """All questions of a prompt about each of its images: proposition id -> answer, an image each.
-
-    What `dpg_bench.score.score` takes as the answers of one item.
+    """Ask all questions of a prompt about each of its images: one proposition id -> answer mapping
+    per image, as `dpg_bench.score.score` takes for one item.
     """
     given = [] if isinstance(images, Image.Image) else list(images)
     if not given or not all(isinstance(image, Image.Image) for image in given):
-        raise UserError(f"answer_prompt needs a list of PIL images, and got {images!r:.80}")
+        raise UserError(f"answer_prompt needs a list of PIL images, but got {images!r:.80}")
     ids = [str(question.proposition) for question in questions]
     seen = [upright_rgb(image) for image in given]
     return [dict(zip(ids, answerer.answer(image, questions), strict=True)) for image in seen]
@@ -70,10 +69,10 @@ def load_answerer(
 ) -> Answerer:
     """An answerer by name.
 
-    weights: a local folder or a hub id; None for its own, fetched on first use.
+    weights: a local folder or a hub id; None for its default weights, fetched on first use.
 
     Raises:
-        UserError: no such judge, or its weights cannot be found, fetched or loaded.
+        UserError: the name is unknown, or the weights cannot be found, fetched or loaded.
     """
     if name not in DEFAULT_WEIGHTS:
         raise UserError(f"unknown judge {name!r}; choose one of {', '.join(DEFAULT_WEIGHTS)}")
@@ -92,10 +91,10 @@ def load_answerer(
 
 
 def find_folder(name: str, weights: str | Path | None) -> tuple[Path, str]:
-    """The local folder of an answerer's weights, and what they are called in results.
+    """The local folder of an answerer's weights, and their name in results.
 
     Raises:
-        UserError: it is no folder here, and the hub cannot give it.
+        UserError: `weights` is not a local folder, and cannot be fetched from the hub.
     """
     wanted = str(weights or DEFAULT_WEIGHTS[name])
     folder = Path(wanted).expanduser()

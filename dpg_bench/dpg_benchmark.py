@@ -1,10 +1,10 @@
-"""DPG-Bench as a benchmark for `t2i.evaluation.runner`: prompts, judge, numbers, gallery cards.
+"""DPG-Bench as a benchmark for `t2i.evaluation.runner`: prompts, judge, scores, gallery cards.
 
     evaluate(DPGBench(graph, answerer), out, model=model)
     evaluate(DPGBench(graph, answerer), out, images=folder)
 
-A row of results.jsonl is an image: every question with its category, parents and answer, and the
-image's score both ways.
+Each row of results.jsonl describes one image: its two scores, official and corrected, and every
+question with its category, parents and answer.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +33,7 @@ from t2i.worlds import WORLDS, open_world
 
 
 class DPGBench:
-    """A question graph and who answers it; see `t2i.evaluation.runner.Benchmark`."""
+    """A question graph and its answerer; see `t2i.evaluation.runner.Benchmark`."""
 
     name = "DPG-Bench"
     best = 100.0
@@ -41,10 +41,10 @@ class DPGBench:
     legend = LEGEND
 
     def __init__(self, graph: QuestionGraph, answerer: Answerer, *, questions: str = "own"):
-        """questions: what to call the graph.
+        """questions: the graph's name in results.
 
         Raises:
-            UserError: a question is not one of those that can be answered.
+            UserError: the answerer cannot answer one of the questions.
         """
         if hasattr(answerer, "check"):
             answerer.check(graph.questions)
@@ -52,22 +52,22 @@ class DPGBench:
         self.items = list(graph.items)
         self.entries = prompt_entries(graph)
         self._official = official_items(graph)
-        who = answerer.identity()
-        self.label = f"{questions} questions, judged by {who['judge']}"
-        if who["judge"] != OFFICIAL_ANSWERER:
-            facts = [who.get("weights"), "not the official judge"]
+        judge = answerer.identity()
+        self.label = f"{questions} questions, judged by {judge['judge']}"
+        if judge["judge"] != OFFICIAL_ANSWERER:
+            facts = [judge.get("weights"), "not the official judge"]
             self.label += f" ({', '.join(filter(None, facts))})"
 
     def identity(self) -> dict:
-        """Who answers which questions; weights by their hash, whatever their folder is called."""
-        who = dict(self.answerer.identity())
-        if who.get("sha256"):
-            who.pop("weights", None)
+        """The answerer, the question file and the kit's version."""
+        judge = dict(self.answerer.identity())
+        if judge.get("sha256"):  # identifies the weights, whatever their folder is called
+            judge.pop("weights", None)
         graph = {"git_blob_sha1": self.graph.blob}
-        return {"answers": who, "questions": graph, "versions": {"t2i": __version__}}
+        return {"answers": judge, "questions": graph, "versions": {"t2i": __version__}}
 
     def judge(self, prompt_index: int, image: Image.Image, filename: str) -> Judged:
-        """The answers to all questions of the prompt, and what they amount to."""
+        """Answer all questions of the prompt and score the image."""
         item = self.items[prompt_index]
         questions = self.graph.items[item]
         given = self.answerer.answer(image, questions)
@@ -94,7 +94,7 @@ class DPGBench:
         return Judged(row)
 
     def scores(self, rows: Sequence[dict]) -> list[Score]:
-        """Overall, and by L1 and L2 category, each official and corrected."""
+        """The overall score and the L1 and L2 categories, each official and corrected."""
         answers: dict[str, list[dict[str, str]]] = {}
         for row in rows:
             given = {str(q["proposition"]): q["answer"] for q in row["questions"]}
@@ -103,7 +103,7 @@ class DPGBench:
         return list_scores(score(self.graph, answers, images_per_prompt=most))
 
     def card(self, row: dict) -> Card | None:
-        """The questions that failed, with the answers and what they depend on."""
+        """The failed questions with their answers and parents; None if all passed."""
         failed = [q for q in row["questions"] if not q["passed"]]
         if row[CORRECTED] in (1, None):
             return None
@@ -116,7 +116,7 @@ class DPGBench:
 
 
 def _passed(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[int, float]:
-    """Proposition -> whether it passed, 1 or 0; empty for a `MissingParentError`."""
+    """Proposition -> 1 if it passed, otherwise 0; empty after a `MissingParentError`."""
     try:
         return score_questions(questions, answers)[1]
     except MissingParentError:
@@ -124,26 +124,27 @@ def _passed(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[i
 
 
 def _mean(passed: Mapping[int, float]) -> float | None:
-    """An image's score, 0..1."""
+    """The image's score (0..1), None without questions."""
     return sum(passed.values()) / len(passed) if passed else None
 
 
 def _reason(question: dict, by_id: Mapping[int, dict]) -> str:
-    """A failed question with its answer; below it what it depends on (a yes without it is void)."""
+    """A failed question with its answer, followed by the questions that it depends on."""
     parents = [f"depends on: {_outcome(by_id[parent])}" for parent in question["parents"]]
     return "\n".join([_outcome(question), *parents])
 
 
 def _outcome(question: dict) -> str:
+    """A question and its answer; a yes is void if a parent failed."""
     void = " (void)" if question["answer"] == YES and not question["passed"] else ""
     return f"{question['question']} →\N{NO-BREAK SPACE}{question['answer']}{void}"
 
 
 def by_prompt(rows: Iterable[dict]) -> dict[str, dict[str, list[float]]]:
-    """What two results are compared in: score -> item -> values in 0..100.
+    """The values by which two results are compared: score -> item -> values in 0..100.
 
-    The overall scores have one value a prompt, the mean of its images; the categories (corrected)
-    one an answer.
+    Overall scores have one value per prompt, the mean of its images; categories (corrected only)
+    have one value per answer.
     """
     images: dict[str, dict[str, list[float]]] = {OFFICIAL: {}, CORRECTED: {}}
     categories: dict[str, dict[str, list[float]]] = {}
@@ -165,16 +166,16 @@ def by_prompt(rows: Iterable[dict]) -> dict[str, dict[str, list[float]]]:
 
 
 def prompt_entries(graph: QuestionGraph) -> list[dict]:
-    """The prompts' metadata, in the order of the folder numbers."""
+    """The prompts' metadata, ordered by folder number."""
     return [{"item_id": item, "prompt": prompt} for item, prompt in graph.prompts.items()]
 
 
 def load_questions(name: str) -> QuestionGraph:
-    """The graph called "official" (fetched on first use) or "shapes" (shipped), or of a CSV file.
+    """The question graph of "official" (fetched on first use), "shapes" (shipped) or a CSV file.
 
     Raises:
-        UserError: see `dpg_bench.questions.read_questions`; or the official file cannot be fetched,
-            or is another one.
+        UserError: as in `dpg_bench.questions.read_questions`; or the official file cannot be
+            fetched, or the fetched file has the wrong hash.
     """
     if name in WORLDS:
         return open_world(name).questions()

@@ -1,11 +1,11 @@
-"""DPG-Bench's image files brought into the layout of `t2i.evaluation.generation_folder`.
+"""Copies DPG-Bench's image files into the layout of `t2i.evaluation.generation_folder`.
 
     ITEM.png                   the official form, a 2 x 2 grid of a prompt's images, row by row; or
-                               one image, where one is all there is
-    ITEM_0.png, ITEM_1.png     single files
+                               a prompt's only image
+    ITEM_0.png, ITEM_1.png     single images
 
-They are copied to OUT/images/00000/samples/..., and OUT/source.json says from where; a prompt whose
-files have not changed since is not copied again.
+The copies are in OUT/images/00000/samples/..., and OUT/source.json records the source folder and a
+hash of each prompt's files: a prompt is copied again only if its files have changed.
 """
 
 import hashlib
@@ -37,18 +37,19 @@ from t2i.progress import progress_bar
 log = logging.getLogger(__name__)
 
 SOURCE_FILE = "source.json"
-_SIDES = 2  # of a grid, in images
+_SIDES = 2  # images along each side of a grid
 _WHOLE = -1
-"""Stands for the number of a file that has none: ITEM.png."""
+"""The number used for a file without one: ITEM.png."""
 Files = dict[int, dict[int, Path]]
-"""Prompt index -> number -> file."""
+"""Prompt index -> image number -> file."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How files hold images.
+    """How images are stored in files.
 
-    samples: images per prompt. resolution: side of an image in a grid, None without grids.
+    samples: images per prompt. resolution: side of one image of a grid in pixels, None without
+    grids.
     """
 
     samples: int
@@ -59,7 +60,7 @@ class Form:
             raise UserError(f"a grid has {IMAGES_PER_PROMPT} images, not --samples {self.samples}")
 
     def read(self, number: int, path: Path) -> dict[int, Image.Image]:
-        """Sample -> image; UserError names the file."""
+        """The images of one file: sample -> image. UserError names an unusable file."""
         image = load_image(path)
         if number != _WHOLE:
             return {number: image}
@@ -80,19 +81,21 @@ def arrange(
     resolution: int | None,
     processes: Processes,
 ) -> Callable[[], Path]:
-    """Look at a folder's names; returns what copies its images to OUT/images, and names the folder
-    to judge: `folder` itself in the common layout, else that one. Every process calls both.
+    """Check a folder's file names; returns a function that copies its images to OUT/images.
+
+    The function returns the folder to judge: OUT/images, or `folder` itself if it is already in the
+    common layout, when nothing is copied. Every process must call both functions.
 
     Args:
         entries: all prompts, each with "item_id" and "prompt".
         resolution: side of one image of a grid in pixels; None if ITEM.png is one image.
 
     Raises:
-        UserError: what is missing or ambiguous is named by its file; when copying, also what is
-            unreadable or of another size.
+        UserError: files are missing or ambiguous; when copying, also if files are unreadable or
+            have the wrong size.
     """
     items = {entry["item_id"] for entry in entries}
-    # An item's image in another format belongs here, too, where it is told which is read.
+    # An item's image in another format counts as flat, too: the checks below explain what is read.
     flat = folder.is_dir() and any(
         path.suffix == ".png" or (path.stem in items and path.is_file())
         for path in folder.glob("*")
@@ -129,7 +132,7 @@ def arrange(
 
 
 def _find(folder: Path, entries: Sequence[dict]) -> Files:
-    """The folder's images by prompt; names that are none are logged."""
+    """The folder's image files by prompt; other names are logged."""
     index_of = {entry["item_id"]: index for index, entry in enumerate(entries)}
     files: Files = {}
     unread = []
@@ -149,7 +152,7 @@ def _find(folder: Path, entries: Sequence[dict]) -> Files:
 def _check(
     folder: Path, files: Files, entries: Sequence[dict], selected: Sequence[int], scope: Scope
 ) -> None:
-    """UserError names what is missing, there twice, or more than wanted."""
+    """UserError if files of a prompt are missing, duplicate or more than wanted."""
     inventory = Inventory(folder, 0)
     by_number = any(set(of_prompt) - {_WHOLE} for of_prompt in files.values())
     for index in selected:
@@ -162,36 +165,36 @@ def _check(
         for number in sorted(set(found) - wanted):
             why = f"more than the {scope.samples} samples of a prompt"
             if _WHOLE in found:
-                why = f"beside {item}.png, which is all of the prompt"
+                why = f"next to {item}.png, which already holds all images of the prompt"
             inventory.problems.append(f"{found[number].name} is {why}")
     inventory.check(allow_missing=scope.allow_incomplete)
 
 
 def _check_form(form: Form, files: Sequence[dict[int, Path]]) -> None:
-    """UserError if a file may be a grid, or an image, and the options do not say which."""
+    """UserError if ITEM.png could be a grid or one image, and the options do not say which."""
     whole = [of_prompt[_WHOLE] for of_prompt in files if _WHOLE in of_prompt]
     if whole and form.resolution is None and form.samples > 1:
         width, height = load_image(whole[0]).size
         raise UserError(
-            f"{whole[0].name} ({width} x {height} px) may be one image (then say --samples 1) "
-            f"or a 2 x 2 grid (then give the side of its images, --resolution {width // 2})"
+            f"{whole[0].name} ({width} x {height} px) may be one image (then use --samples 1) "
+            f"or a 2 x 2 grid (then give the side of its images: --resolution {width // 2})"
         )
 
 
 def _claim_source(out: Path, folder: Path) -> dict:
-    """What OUT/source.json says; UserError if OUT/images came from elsewhere."""
-    images, record, place = out / "images", out / SOURCE_FILE, str(folder.resolve())
+    """Read OUT/source.json, or write a new one; UserError if OUT/images has another source."""
+    images, record, wanted = out / "images", out / SOURCE_FILE, str(folder.resolve())
     if record.is_file():
         source = read_object(record)
-        if source.get("folder") != place or not isinstance(source.get("copied"), dict):
-            there = source.get("folder", "unknown origin")
-            raise UserError(f"{images} holds the images of {there}; give another --out")
+        if source.get("folder") != wanted or not isinstance(source.get("copied"), dict):
+            known = source.get("folder", "unknown origin")
+            raise UserError(f"{images} holds the images of {known}; give another --out")
         return source
     if images.is_dir():
         unknown = read_generation(images) is None
         what = "images of unknown origin" if unknown else "drawn images"
         raise UserError(f"{images} holds {what}; give another --out")
-    source = {"folder": place, "copied": {}}
+    source = {"folder": wanted, "copied": {}}
     write_json(record, source)
     return source
 
@@ -204,21 +207,20 @@ def _copy(
     out: Path,
     form: Form,
 ) -> list[str]:
-    """Write the images of prompts whose files have changed, and remove those of files that are
-    gone.
+    """Copy the images of prompts whose files have changed, and remove copies of deleted files.
 
     Returns:
-        What is wrong with files that give no images.
+        The problems of unusable files.
     """
     problems = []
     for index in progress_bar(selected, unit="prompt", desc="copying"):
         found, wrong = files.get(index, {}), []
-        images: dict[int, Image.Image] = {}
         digest = hashlib.sha256(repr(form).encode())
         for number, path in sorted(found.items()):
             digest.update(f"{number} {file_sha256(path)}".encode())
         if source["copied"].get(str(index)) == digest.hexdigest():
             continue
+        images: dict[int, Image.Image] = {}
         for number, path in found.items():
             try:
                 images |= form.read(number, path)
@@ -232,7 +234,7 @@ def _copy(
 
 
 def _write(images: dict[int, Image.Image], index: int, entry: dict, folder: Path) -> None:
-    """Make these the only images of a prompt."""
+    """Write these images of a prompt, and delete its others."""
     write_prompt(folder, index, entry)
     written = {
         save_png(image, folder / sample_file(index, sample)) for sample, image in images.items()
@@ -246,8 +248,8 @@ def _write(images: dict[int, Image.Image], index: int, entry: dict, folder: Path
 def crop_grid(grid: Image.Image, resolution: int) -> list[Image.Image]:
     """The images of a grid (top left, top right, bottom left, bottom right).
 
-    resolution: side of one image in pixels. As in the official script nothing is checked: what lies
-    outside the grid is black. `split_grid` is the safe way.
+    resolution: side of one image in pixels. As in the official script, it is not checked: pixels
+    outside the grid are black. `split_grid` checks.
     """
     corners = [(x * resolution, y * resolution) for y in range(_SIDES) for x in range(_SIDES)]
     return [grid.crop((x, y, x + resolution, y + resolution)) for x, y in corners]
@@ -256,10 +258,10 @@ def crop_grid(grid: Image.Image, resolution: int) -> list[Image.Image]:
 def split_grid(grid: Image.Image, resolution: int | None = None) -> list[Image.Image]:
     """The four images of a grid.
 
-    resolution: the side of one image as the user believes it to be; checked where it is given.
+    resolution: expected side of one image in pixels; not checked if None.
 
     Raises:
-        UserError: the grid is not a square of an even side, or of images of another side.
+        UserError: the grid is not a square with an even side, or its images have another side.
     """
     width, height = grid.size
     if width != height or width % _SIDES:
@@ -267,6 +269,6 @@ def split_grid(grid: Image.Image, resolution: int | None = None) -> list[Image.I
     if resolution is not None and width != _SIDES * resolution:
         raise UserError(
             f"the grid of {width} x {height} px holds images of {width // _SIDES} px, not of "
-            f"{resolution} px: the official script would crop wrongly without a word"
+            f"{resolution} px: the official script would crop it wrongly without an error"
         )
     return crop_grid(grid, width // _SIDES)

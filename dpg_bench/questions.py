@@ -1,17 +1,18 @@
-"""DPG-Bench's question graph: reading the CSV, and refusing one that cannot be scored.
+"""DPG-Bench's question graph: reads the CSV file, and refuses files that cannot be scored.
 
 The official file (`dpg_bench/dpg_bench.csv` of TencentQQGYLab/ELLA, arXiv 2403.05135) is not
-shipped: it is given by path, or fetched once and proven by its git blob hash. One row is one
-proposition of a prompt:
+shipped: users give its path, or it is fetched once and verified by its git blob hash. Each row is
+one proposition of a prompt:
 
     item_id                     the prompt's id (text, even where it looks like a number)
     text                        the prompt
-    proposition_id, dependency  number, and comma list of the propositions it depends on (0: none)
+    proposition_id, dependency  its number, and the numbers of the propositions that it depends on,
+                                separated by commas (0: none)
     tuple                       "attribute - color (bike, red)": category, then its arguments
-    question_natural_language   what is asked about an image
+    question_natural_language   the question to ask about an image
 
-The other columns are not used, `category_broad` and `category_detailed` included: the official
-script reads the category off the tuple.
+The other columns are not used, not even `category_broad` and `category_detailed`: the official
+script takes the category from the tuple.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ CATEGORIES = (
 
 @dataclass(frozen=True)
 class Question:
-    """One proposition: its question, and the propositions without which it means nothing.
+    """One proposition: its question, and the propositions that it depends on.
 
-    parents: proposition ids of the same item, in the order given, without 0. line: of the CSV.
+    parents: proposition ids within the same item, in file order, without 0. line: its line in the
+    CSV file.
     """
 
     item: str
@@ -70,12 +72,12 @@ class Question:
 
     @property
     def category(self) -> str:
-        """L2, as the official script spells it: "attribute - color", "global -"."""
+        """L2 category as the official script spells it: "attribute - color", "global -"."""
         return self.tuple.split("(")[0].strip()
 
     @property
     def broad_category(self) -> str:
-        """L1: "attribute", "entity", "global", "other" or "relation"."""
+        """L1 category: "attribute", "entity", "global", "other" or "relation"."""
         return broad(self.category)
 
     @property
@@ -85,7 +87,7 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionGraph:
-    """All questions in the order of the file. blob: the git hash of the file's bytes."""
+    """All questions in file order. blob: the git blob hash of the file."""
 
     questions: tuple[Question, ...]
     blob: str
@@ -96,12 +98,12 @@ class QuestionGraph:
 
     @cached_property
     def items(self) -> dict[str, list[Question]]:
-        """Item id -> its questions, both in the order of the file."""
+        """Item id -> its questions, both in file order."""
         return group_by_item(self.questions)
 
     @cached_property
     def prompts(self) -> dict[str, str]:
-        """Item id -> prompt, in the order of the file."""
+        """Item id -> prompt, in file order."""
         return {item: questions[0].prompt for item, questions in self.items.items()}
 
 
@@ -111,7 +113,7 @@ def broad(category: str) -> str:
 
 
 def group_by_item(questions: Iterable[Question]) -> dict[str, list[Question]]:
-    """Item id -> its questions, both in their order of appearance."""
+    """Item id -> its questions, both in order of appearance."""
     items: dict[str, list[Question]] = {}
     for question in questions:
         items.setdefault(question.item, []).append(question)
@@ -119,26 +121,27 @@ def group_by_item(questions: Iterable[Question]) -> dict[str, list[Question]]:
 
 
 def git_blob_sha1(content: bytes) -> str:
-    """The hash under which git stores a file of this content."""
+    """The hash under which git stores a file with this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def read_questions(path: str | Path) -> QuestionGraph:
-    """Read and check a question CSV.
+    """Read and check a CSV file of questions.
 
-    The official file is taken as it is, whatever the checks find in it (they are logged): its
-    oddities are part of the published numbers. Any other file must pass them.
+    Problems in the official file are only logged, because its oddities are part of the published
+    numbers. Any other file must pass all checks.
 
     Raises:
-        UserError: unreadable, a column missing, or a row that cannot be scored, named by its line:
-            a number that is none, an empty field, an unknown category, a repeated proposition, a
-            dependency on nothing or in a circle, an item in several pieces or with several prompts.
+        UserError: the file is unreadable or lacks a column, or rows cannot be scored (the message
+            gives their lines): an invalid number, an empty field, an unknown category, a repeated
+            proposition, a dependency that is missing or circular, or an item whose rows are not
+            together or have different prompts.
     """
     path = Path(path)
     try:
         content = path.read_bytes()
         reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
-        rows = [(reader.line_num, row) for row in reader]  # the line on which the row ends
+        rows = [(reader.line_num, row) for row in reader]  # the row's last line
     except OSError as error:
         raise UserError(f"question file {path} cannot be read: {error}") from error
     except (UnicodeDecodeError, csv.Error) as error:
@@ -168,7 +171,7 @@ def read_questions(path: str | Path) -> QuestionGraph:
 
 
 def _question(row: dict, line: int) -> Question:
-    """A row that ends on `line`."""
+    """The question in a row that ends on `line`; UserError if a field is empty or not a number."""
     values = {name: row[name] or "" for name in NEEDED}
     line -= sum(value.count("\n") for value in values.values())
     where = f"line {line} (item {values['item_id']}, proposition {values['proposition_id']})"
@@ -179,8 +182,8 @@ def _question(row: dict, line: int) -> Question:
         parents = [int(part) for part in values["dependency"].split(",")]
     except ValueError as error:
         raise UserError(
-            f"{where}: proposition_id must be a number and dependency a comma list of numbers "
-            f"(0: none), not {values['dependency']!r}"
+            f"{where}: proposition_id must be a number, and dependency one or more numbers separated by "
+            f"commas (0: none), not {values['dependency']!r}"
         ) from error
     if proposition < 1:
         raise UserError(f"{where}: proposition ids start at 1 (a dependency on 0 means none)")
@@ -196,7 +199,7 @@ def _question(row: dict, line: int) -> Question:
 
 
 def graph_problems(questions: Sequence[Question]) -> list[str]:
-    """The reasons why these questions cannot be scored, each with its row."""
+    """Reasons why these questions cannot be scored, each with its row."""
     problems = []
     last_of_item: dict[str, int] = {}
     for index, question in enumerate(questions):
@@ -214,7 +217,7 @@ def graph_problems(questions: Sequence[Question]) -> list[str]:
 
 
 def item_problems(rows: Sequence[Question]) -> list[str]:
-    """The reasons why one item's questions cannot be scored."""
+    """Reasons why one item's questions cannot be scored."""
     problems = []
     by_id: dict[int, Question] = {}
     for row in rows:
@@ -222,7 +225,7 @@ def item_problems(rows: Sequence[Question]) -> list[str]:
         if first is not row:
             problems.append(f"{row.place}: proposition {row.proposition} is repeated")
         if row.prompt != rows[0].prompt:
-            problems.append(f"{row.place}: its prompt is not that of line {rows[0].line}")
+            problems.append(f"{row.place}: its prompt differs from line {rows[0].line}")
     for row in rows:
         if lost := [parent for parent in row.parents if parent not in by_id]:
             ids = ", ".join(map(str, lost))
@@ -231,9 +234,9 @@ def item_problems(rows: Sequence[Question]) -> list[str]:
     try:
         TopologicalSorter(known).prepare()
     except CycleError as error:
-        circle = error.args[1][::-1]  # from child to parent
-        way = " -> ".join(map(str, circle))
-        problems.append(f"{by_id[circle[0]].place}: depends on itself ({way})")
+        cycle = error.args[1][::-1]  # from child to parent
+        path = " -> ".join(map(str, cycle))
+        problems.append(f"{by_id[cycle[0]].place}: depends on itself ({path})")
     return problems
 
 

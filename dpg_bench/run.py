@@ -2,7 +2,7 @@
 results.
 
 python dpg_bench/run.py --ckpt runs/mine --out outputs/dpg_bench/mine
-python dpg_bench/run.py --ckpt shapes --out outputs/dpg_bench/base     # the shipped base by itself
+python dpg_bench/run.py --ckpt shapes --out outputs/dpg_bench/base     # the shipped base model
 python dpg_bench/run.py --images grids --resolution 512
 python dpg_bench/run.py compare outputs/dpg_bench/base outputs/dpg_bench/mine
 torchrun --nproc_per_node 8 dpg_bench/run.py --ckpt runs/mine
@@ -25,24 +25,28 @@ from t2i.sampling import check_counts
 
 @dataclass(frozen=True, kw_only=True)
 class DPGOptions(BenchmarkOptions):
-    """What to judge, and by whom."""
+    """What to judge, and which judge to use."""
 
     questions: str = "auto"
-    """official (downloaded once), shapes (its own), a .csv file, or auto (by the model)."""
+    """official (downloaded once), shapes (the shapes world's), a .csv file, or auto (shapes for a
+    shapes model, otherwise official).
+    """
     judge: Literal["auto", "mplug", "shapes", "blip-vqa", "vlm"] = "auto"
-    """mplug (the official one), shapes (exact), blip-vqa, vlm, or auto (by questions and model)."""
+    """mplug (the official judge), shapes (exact), blip-vqa, vlm, or auto (shapes for the shapes
+    world's questions, or for a shapes model unless the questions are official; otherwise mplug).
+    """
     judge_weights: str | None = None
-    """Folder or hub id of the judge's weights, if not its usual ones."""
+    """Folder or hub id of the judge's weights; the judge's default weights if not given."""
     resolution: int | None = None
-    """--images holds 2 x 2 grids ITEM.png of images of so many pixels a side (without: ITEM.png or
-    ITEM_0.png ... are images).
+    """Side in pixels of one image in a 2 x 2 grid, if --images holds grids named ITEM.png. If not
+    given, ITEM.png (or ITEM_0.png ...) is a single image.
     """
 
     def __post_init__(self):
         super().__post_init__()
         check_counts(resolution=self.resolution)
         if self.resolution is not None and self.images is None:
-            raise UserError("--resolution is of the grids in --images: leave it out")
+            raise UserError("--resolution is only for grids in --images: leave it out")
 
 
 def main() -> None:
@@ -56,20 +60,20 @@ def main() -> None:
         print(results.compare_folders(options.a, options.b, by_prompt, mean_of_groups=False))
         return
     where = options.check()
-    questions, who = options.questions, options.judge
+    questions, judge = options.questions, options.judge
     if questions == "auto":
         questions = "shapes" if runner.is_shapes_world(options) else "official"
-    if who == "auto":
+    if judge == "auto":
         own = questions != "official" and runner.is_shapes_world(options)
-        who = "shapes" if own or questions == "shapes" else "mplug"
+        judge = "shapes" if own or questions == "shapes" else "mplug"
     graph = load_questions(questions)
     entries = prompt_entries(graph)
 
     def build(processes) -> DPGBench:
-        answerer = load_answerer(who, options.judge_weights, processes.device)
+        answerer = load_answerer(judge, options.judge_weights, processes.device)
         return DPGBench(graph, answerer, questions=questions)
 
-    def to_layout(out: Path, processes) -> Callable[[], Path]:
+    def prepare(out: Path, processes) -> Callable[[], Path]:
         assert options.images is not None
         return arrange(
             options.images,
@@ -80,7 +84,7 @@ def main() -> None:
             processes=processes,
         )
 
-    runner.run(options, where, "dpg_bench", entries, build, to_layout)
+    runner.run(options, where, "dpg_bench", entries, build, prepare)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""DPG-Bench's numbers: what the official script prints, and the same with its mistakes corrected.
+"""DPG-Bench's scores: those that the official script prints, and corrected ones without its errors.
 
 Reference: `dpg_bench/compute_dpg_bench.py` of TencentQQGYLab/ELLA at 3c228f1 (arXiv 2403.05135). A
-question scores 1 for the answer "yes", to the letter. Row by row, a question with a parent that
-scores 0 by then scores 0 as well. An image scores the mean of its questions, a prompt the mean of
-its images, the benchmark the mean of the prompts, times 100. Categories average the answers as they
-were before parents were looked at.
+question scores 1 if the answer is exactly "yes", otherwise 0. Then, row by row, a question whose
+parent has a score of 0 at that point scores 0 as well. An image's score is the mean over its
+questions, a prompt's the mean over its images, the benchmark's the mean over prompts, times 100.
+Categories average the answers as they were before parents were considered.
 
-`official` repeats three mistakes of that script (a fourth, the order of categories over several
-processes, only garbles its tables):
-- the first row of the CSV is dropped; a prompt that has a child of it, or nothing else, is skipped;
-- a category's average is over the last image of each prompt alone;
-- images that cannot be judged shrink the denominator.
-`corrected` takes every question of every image; what it lacks is listed in `BothWays.missing`.
+`official` repeats three errors of that script (a fourth, mixing up categories between processes,
+only affects its printed tables):
+- it drops the first row of the CSV, and skips a prompt without other rows or with a child of it;
+- it averages a category over the last image of each prompt only;
+- images that cannot be judged are left out of the mean.
+`corrected` counts every question of every image; missing images are listed in `BothWays.missing`.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ LEGEND = (
 )
 
 Answers = Mapping[str, str]
-"""Proposition id (as text, for JSON) -> answer, of one image."""
+"""The answers for one image: proposition id (as text, for JSON) -> answer."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean in 0..100 (None of nothing), its bootstrap standard error (None of one prompt), and of
-    what.
+    """A mean in 0..100 (None if there are no values) and its bootstrap standard error (None for
+    fewer than two prompts).
 
-    n: values (prompts for the overall score, answers for a category), of so many images and
-    prompts.
+    n: number of values averaged (prompts for the overall score, answers for a category); images,
+    prompts: how many they come from.
     """
 
     mean: float | None
@@ -56,7 +56,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class PromptScore:
-    """Fractions in 0..1: of the prompt and of its images; raw: each image's answers as 0 or 1."""
+    """Scores in 0..1 of a prompt and of each image; raw: each image's answers as 0 or 1."""
 
     score: float
     per_image: list[float]
@@ -65,7 +65,7 @@ class PromptScore:
 
 @dataclass(frozen=True)
 class Tally:
-    """One way to count. l1, l2: categories by name, sorted. skipped: item id -> why."""
+    """The scores of one way to count. l1, l2: categories by name. skipped: item id -> reason."""
 
     overall: Mean
     l1: dict[str, Mean]
@@ -76,23 +76,23 @@ class Tally:
 
 @dataclass(frozen=True)
 class BothWays:
-    """Both ways to count, and what a complete run would have: "item" or "item: 3 of 4 images"."""
+    """Both ways to count. missing: incomplete prompts, as "item" or "item: 3 of 4 images"."""
 
     official: Tally
     corrected: Tally
     missing: list[str]
 
     def _repr_markdown_(self) -> str:
-        """How a notebook shows them."""
+        """The table that a notebook shows."""
         return notebook_table(list_scores(self), "DPG-Bench", 2)
 
 
 class MissingParentError(LookupError):
-    """A question depends on a row that is not there."""
+    """A question depends on a row that is missing."""
 
 
 def score_image(questions: Sequence[Question], answers: Answers) -> tuple[float, dict[int, float]]:
-    """One image's score (0..1), and its answers as 1 or 0 before parents were looked at.
+    """One image's score (0..1), and its answers as 1 or 0 before parents are considered.
 
     Raises:
         MissingParentError: a question's parent is not among `questions`.
@@ -104,7 +104,7 @@ def score_image(questions: Sequence[Question], answers: Answers) -> tuple[float,
 def score_questions(
     questions: Sequence[Question], answers: Answers
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """Proposition -> 1 or 0, before and after parents were looked at; raises as `score_image`."""
+    """Proposition -> 1 or 0, before and after parents are considered; raises as `score_image`."""
     raw = {q.proposition: float(answers[str(q.proposition)] == YES) for q in questions}
     scores = dict(raw)
     for question in questions:
@@ -113,7 +113,7 @@ def score_questions(
                 raise MissingParentError(
                     f"proposition {question.proposition} depends on {parent}, which is dropped"
                 )
-            # Not `raw`: a parent may be 0 because of its own parent, and so zeros spread.
+            # Not `raw`: a parent may be 0 because of its own parent, so zeros spread down.
             if scores[parent] == 0:
                 scores[question.proposition] = 0.0
                 break
@@ -127,21 +127,24 @@ def score(
     images_per_prompt: int = IMAGES_PER_PROMPT,
     seed: int = 0,
 ) -> BothWays:
-    """Score answers: item id -> one `Answers` an image, in the images' order.
+    """Score the answers of all items.
 
-    images_per_prompt: what is complete. seed: of the bootstrap standard errors, which redraw
-    prompts; they do not depend on the order of the answers.
+    Args:
+        answers: item id -> one `Answers` per image, in the order of the images.
+        images_per_prompt: how many a complete prompt has.
+        seed: for the bootstrap standard errors, which resample prompts; they do not depend on the
+            order of the answers.
 
     Raises:
-        UserError: nothing to score, an item that the questions do not have, more images than
-            there are, or a question without an answer.
+        UserError: there are no answers, an item is not in the graph or has more than
+            `images_per_prompt` images, or a question has no answer.
     """
     if not isinstance(graph, QuestionGraph):
-        raise UserError(f"score needs a QuestionGraph first, and got {graph!r:.80}")
+        raise UserError(f"score needs a QuestionGraph first, but got {graph!r:.80}")
     if not isinstance(answers, Mapping):
         raise UserError(
-            f"score judges answers, by item, and got {answers!r:.80}: "
-            "ask with dpg_bench.answerers.answer_prompt(answerer, images, questions) for each item"
+            f"score needs a mapping from items to answers, but got {answers!r:.80}: get each item's "
+            "with dpg_bench.answerers.answer_prompt(answerer, images, questions)"
         )
     judged = {item: answers[item] for item in graph.items if answers.get(item)}
     if strangers := [item for item in answers if item not in graph.items]:
@@ -189,7 +192,7 @@ def _check_answers(
 
 
 def official_items(graph: QuestionGraph) -> dict[str, list[Question]]:
-    """The questions that the official script asks: all but the file's first."""
+    """Item id -> the questions that the official script counts: all but the file's first."""
     return group_by_item(graph.questions[1:])
 
 
@@ -230,7 +233,7 @@ def _summarize(
 def _by_category(
     items: Mapping[str, Sequence[Question]], raw: Mapping[str, list[dict[int, float]]], level: str
 ) -> dict[str, dict[str, list[float]]]:
-    """Category -> item -> the answers to its questions, of all images, as 0 or 1."""
+    """Category -> item -> the answers (0 or 1) to its questions for all images."""
     values: dict[str, dict[str, list[float]]] = {}
     for item, images in raw.items():
         for question in items[item]:
@@ -240,7 +243,7 @@ def _by_category(
 
 
 def _mean(name: str, values: Mapping[str, Sequence[float]], images: int, seed: int) -> Mean:
-    """Mean over all values of all items; items are what the bootstrap redraws."""
+    """Mean over all values of all items; the bootstrap resamples items."""
     if not values:
         return Mean(None, None, 0, 0, 0)
     found, means_R = mean_over_prompts(list(values.values()), name, seed=seed)
@@ -249,7 +252,7 @@ def _mean(name: str, values: Mapping[str, Sequence[float]], images: int, seed: i
 
 
 def list_scores(scores: BothWays) -> list[Score]:
-    """Both ways to count: the overall scores, then each L1 category with its L2 categories."""
+    """The overall scores, then each L1 category with its L2 categories; each both ways."""
     columns = {OFFICIAL: scores.official, CORRECTED: scores.corrected}
     names = [OVERALL]
     for broad in scores.corrected.l1:
@@ -267,9 +270,9 @@ def list_scores(scores: BothWays) -> list[Score]:
 
 
 def format_scores(scores: BothWays, answerer: str) -> str:
-    """A markdown table of both ways to count, under the name of who answered."""
+    """A markdown table of both ways to count, with the answerer's name in its title."""
     table = score_table(list_scores(scores), f"DPG-Bench, judged by {answerer}", digits=2)
-    lacking = ""
+    text = f"{table}\n\n{LEGEND}"
     if scores.missing:
-        lacking = f"\nINCOMPLETE: {len(scores.missing)} prompts lack images."
-    return f"{table}\n\n{LEGEND}{lacking}"
+        text += f"\nINCOMPLETE: {len(scores.missing)} prompts lack images."
+    return text

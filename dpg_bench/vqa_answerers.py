@@ -1,10 +1,10 @@
-"""Other answerers, through `transformers`: "yes" or "no", whichever is likelier as the first token.
+"""Answerers from `transformers`: "yes" or "no", whichever is more likely as the first token.
 
-Their scores are not DPG-Bench's: who answers moves a score by points and can change a ranking. A
-number from here is for comparing a model with itself, and always carries the answerer's name.
+Their scores are not official DPG-Bench scores: another answerer shifts scores by points and can
+change a ranking. Use them to compare versions of one model, always with the answerer's name.
 
-Comparing two probabilities instead of reading generated text keeps "Yes." and "Yes, there is" from
-counting as no. Shapes: Q questions, L text tokens, N image tokens, D width, V vocabulary.
+Generated text is not parsed, because "Yes." and "Yes, there is" would count as no. Shapes: Q
+questions, L text tokens, N image tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from t2i.errors import UserError
 from t2i.published import hashes_by_name
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
-_FORMS = ("{}", "{} ", " {}")  # how a tokenizer may hold a word: alone, or with its space
+_FORMS = ("{}", "{} ", " {}")  # a word as a token may hold it: alone, or with a space
 
 
 class _YesNoAnswerer(ABC):
-    """What the two share: loading, the name, and the comparison of two words."""
+    """Shared base: loading, identity, and the comparison of "yes" with "no"."""
 
     name: str
     model_class: Any
@@ -47,23 +47,23 @@ class _YesNoAnswerer(ABC):
         source: str,
         folder: Path | None = None,
     ):
-        """folder: whose weight files are hashed; None where the source names a commit."""
+        """folder: its weight files are hashed; None if `source` names a commit."""
         self.model, self.processor = model.eval(), processor
         self.source, self.folder = source, folder
         self.yes, self.no = (_first_tokens(processor.tokenizer, word) for word in ("yes", "no"))
         if not self.yes or not self.no or self.yes & self.no:
             raise UserError(
-                f"judge {self.name}: the tokenizer of {source} has no tokens of their own for yes and no"
+                f"judge {self.name}: the tokenizer of {source} has no separate tokens for yes and no"
             )
 
     @classmethod
     def load(cls, folder: Path, source: str, device: torch.device | str) -> _YesNoAnswerer:
-        """The answerer of a folder in the layout of `transformers`, in the precision of its files.
+        """Load a folder in the layout of `transformers`, in the precision of its files.
 
-        source: what the weights are called in results; "owner/name@commit" for the hub's.
+        source: the weights' name in results; "owner/name@commit" if they are from the hub.
 
         Raises:
-            UserError: the folder cannot be loaded, or weights are missing or mis-shaped.
+            UserError: the folder cannot be loaded, or weights are missing or have the wrong shape.
         """
         try:
             model, report = cls.model_class.from_pretrained(
@@ -95,7 +95,7 @@ class _YesNoAnswerer(ABC):
 
     @abstractmethod
     def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
-        """As every answerer's."""
+        """As in `dpg_bench.answerers.Answerer`."""
 
     def _says_yes(self, logits_V: Tensor) -> bool:
         log_probs = logits_V.float().log_softmax(dim=-1)
@@ -104,7 +104,7 @@ class _YesNoAnswerer(ABC):
 
 
 def _first_tokens(tokenizer, word: str) -> set[int]:
-    """Ids that are the whole word, in any case and with its space or without."""
+    """Ids of tokens that hold the whole word, in any case, with or without a space."""
     ids = set()
     for spelled in (word, word.capitalize(), word.upper()):
         for form in _FORMS:
@@ -115,7 +115,7 @@ def _first_tokens(tokenizer, word: str) -> set[int]:
 
 
 class BlipAnswerer(_YesNoAnswerer):
-    """BLIP for visual question answering (arXiv 2201.12086); an image is encoded once."""
+    """BLIP for visual question answering (arXiv 2201.12086). Encodes each image once."""
 
     name = "blip-vqa"
     model_class = BlipForQuestionAnswering
@@ -128,8 +128,8 @@ class BlipAnswerer(_YesNoAnswerer):
         return [self._answer(image_1ND, question.text) for question in questions]
 
     def _answer(self, image_1ND: Tensor, question: str) -> str:
-        # One at a time: the library's decoder attends to the padding of a batch, mask or no mask,
-        # and a question's answer must not depend on the others'.
+        # One at a time: the library's decoder attends to a batch's padding even with a mask, and
+        # an answer must not depend on the other questions.
         ids_1L = self.processor.tokenizer(question, return_tensors="pt")["input_ids"]
         text_1LD = self.model.text_encoder(
             ids_1L.to(self.model.device), encoder_hidden_states=image_1ND, return_dict=False
@@ -140,7 +140,7 @@ class BlipAnswerer(_YesNoAnswerer):
 
 
 class ChatAnswerer(_YesNoAnswerer):
-    """An image-text-to-text model with a chat template (Qwen-VL ...), one question at a time."""
+    """An image-text-to-text model with a chat template (Qwen-VL ...); one question at a time."""
 
     name = "vlm"
     model_class = AutoModelForImageTextToText
@@ -150,8 +150,8 @@ class ChatAnswerer(_YesNoAnswerer):
         super().__init__(*args, **options)
         if self.processor.chat_template is None:
             raise UserError(
-                f"judge {self.name}: {self.source} has no chat template, so it is not known how it "
-                "wants to be asked: give an instruction-tuned model (its -Instruct files have one)"
+                f"judge {self.name}: {self.source} has no chat template, so questions cannot be "
+                "formatted for it: give an instruction-tuned model (-Instruct versions have one)"
             )
 
     def identity(self) -> dict:

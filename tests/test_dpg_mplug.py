@@ -175,7 +175,7 @@ OUTPUT = "model.text_decoder.cls.predictions.decoder.weight"
         (lambda w: w.pop(LAYER), r"missing.*fusion_encoder\.encoder\.layer\.0\.attention"),
         (lambda w: w.update({"model.visn_fc.extra": torch.ones(2)}), "unexpected.*visn_fc.extra"),
         (lambda w: w.update({POSITIONS: torch.ones(5, 128)}), r"mis-shaped.*\(5, 128\)"),
-        (lambda w: w.update({OUTPUT: w[OUTPUT] + 1}), "is not text_decoder.bert.embeddings"),
+        (lambda w: w.update({OUTPUT: w[OUTPUT] + 1}), "must equal text_decoder.bert.embeddings"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, change, message):

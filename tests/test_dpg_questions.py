@@ -63,7 +63,7 @@ def test_reading(tmp_path):
         (changed(4, 3, "one"), "line 9 .*must be a number.*'one'"),
         (changed(4, 3, ""), "line 9 .*dependency is empty"),
         (changed(2, 5, " "), "line 6 .*question_natural_language is empty"),
-        (changed(4, 1, "Another"), "line 9 .*not that of line 8"),
+        (changed(4, 1, "Another"), "line 9 .*differs from line 8"),
         (ROWS[:1] + ROWS[3:4] + ROWS[1:2], "line 5 .*not together"),
     ],
 )

@@ -176,7 +176,7 @@ def test_grids_and_single_files_give_the_same_numbers(folder, grids, tmp_path, m
 def test_one_image_per_prompt_is_reported(grids, tmp_path, refusal):
     images = ("--images", grids, "--questions", "shapes", "--limit", 2, "--out", tmp_path / "out")
     text = refusal(*images)
-    assert "single_object0.png (128 x 128 px) may be one image (then say --samples 1)" in text
+    assert "single_object0.png (128 x 128 px) may be one image (then use --samples 1)" in text
     assert "--resolution 64" in text
     program(run, *images, "--samples", 1)
     assert results(tmp_path / "out")["coverage"]["judged"] == 2
@@ -197,10 +197,10 @@ def test_mistakes_in_flat_files(grids, tmp_path, refusal, caplog):
     some = ("--images", grids, "--questions", "shapes", "--limit", 2)
     grid = (*some, "--resolution", 64, "--out", tmp_path / "out")
     assert "holds images of 64 px, not of 32 px" in refusal(*grid[:-3], 32, *grid[-2:])
-    assert "--resolution is of the grids" in refusal("--ckpt", "shapes", "--resolution", 32)
+    assert "--resolution is only for grids" in refusal("--ckpt", "shapes", "--resolution", 32)
     assert "4 images, not --samples 5" in refusal(*grid, "--samples", 5)
     shutil.copy(grids / "single_object0.png", grids / "single_object0_1.png")
-    assert "single_object0_1.png is beside single_object0.png" in refusal(*grid)
+    assert "single_object0_1.png is next to single_object0.png" in refusal(*grid)
     (grids / "single_object0_1.png").unlink()
     path = grids / "single_object0.png"
     whole = path.read_bytes()

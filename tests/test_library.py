@@ -353,7 +353,7 @@ def test_dpg_score_refuses_bad_arguments():
         answer_prompt(judge, image, [])
     with pytest.raises(t2i.UserError, match="score needs a QuestionGraph first"):
         dpg_score([image], ["a dog"])
-    with pytest.raises(t2i.UserError, match="score judges answers, by item"):
+    with pytest.raises(t2i.UserError, match="score needs a mapping from items to answers"):
         dpg_score(QuestionGraph((), ""), [image])
     graph = load_questions("shapes")
     (item, questions), *_ = graph.items.items()

@@ -496,7 +496,10 @@ def test_a_users_prompts(tmp_path):
         ({"start_cfg_scale": 0.5}, "cfg_scale=0.5 must be at least 1"),
         ({"start_temperature": 0.0}, "start_temperature=0.0 must be above 0"),
         ({"kl": -1.0}, "kl=-1.0 must be at least 0"),
-        ({"functions": ()}, "reward.functions is empty, so nothing would be learned"),
+        (
+            {"functions": ()},
+            "reward.functions is empty, or all its weights are 0, so nothing would be learned",
+        ),
         ({"functions": (), "start_cfg_scale": 3.0, "kl": 0.0}, "reward.functions is empty"),
         ({"watch": ("own",)}, "watch: 'own' is none of"),
     ],

@@ -1,13 +1,12 @@
-"""mPLUG's text side: BERT layers as text encoder, and as the fusion encoder that joins text and
-image.
+"""mPLUG's BERT layers: the text encoder, and the fusion encoder that combines text and image.
 
 Reference: `models/multi_modal/mplug/modeling_mplug.py` of modelscope at 2905da1. Module names are
 those of the published checkpoint. In the fusion encoder, layer k > 0 with k % stride == 0 is a
-*connected* layer: it attends within [image; text] and adds its image part to the image stream; the
-others let the text attend to the image, which they leave as it is.
+*connected* layer: it attends within [image; text] and adds its image part to the image stream. The
+other layers let the text attend to the image, and leave the image unchanged.
 
-All questions about one image share its features until the first connected layer. So the image batch
-is 1 or Q throughout, and its keys and values are computed once where they are the same.
+All questions about one image share its features until the first connected layer. The image's batch
+size is therefore 1 or Q, and as long as it is 1, its keys and values are computed only once.
 
 Shapes: Q questions, L text tokens, N image tokens, T own and S attended tokens, D width, H heads,
 d head width.
@@ -43,7 +42,7 @@ class BertConfig:
     text_encoder_layers: int = 6
     fusion_layers: int = 6
     text_decode_layers: int = 12
-    stride_layer: int = 100  # the reference's value where the file has none: no connected layer
+    stride_layer: int = 100  # the reference's default if the file has none: no connected layer
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -54,16 +53,16 @@ class BertConfig:
 
     @property
     def fusion_depth(self) -> int:
-        """How many fusion layers are used: the last ones of those that there are."""
+        """Number of fusion layers used: the last ones of the file."""
         return min(self.fusion_layers, self.num_hidden_layers)
 
     def is_connected(self, fusion_layer: int) -> bool:
-        """Whether this fusion layer, counted from the first that is used, is a connected one."""
+        """Whether this fusion layer, counted from the first one used, is connected."""
         return fusion_layer > 0 and fusion_layer % self.stride_layer == 0
 
 
 class Embeddings(nn.Module):
-    """Word, position and type (always 0) embeddings, summed and normalised."""
+    """Word, position and type (always 0) embeddings, summed and normalized."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -74,14 +73,14 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, ids: Tensor, first_position: int = 0) -> Tensor:
-        """ids [batch, T], standing at first_position and after, to [batch, T, D]."""
+        """ids [batch, T], at positions from first_position on, to [batch, T, D]."""
         here = slice(first_position, first_position + ids.shape[1])
         fixed = self.position_embeddings.weight[here] + self.token_type_embeddings.weight[0]
         return self.LayerNorm(self.word_embeddings(ids) + fixed)
 
 
 class Output(nn.Module):
-    """A projection back to the residual stream, normalised after the sum."""
+    """A projection back to the residual stream, normalized after the sum."""
 
     def __init__(self, inputs: int, config: BertConfig):
         super().__init__()
@@ -93,7 +92,7 @@ class Output(nn.Module):
 
 
 class BertAttention(nn.Module):
-    """Attention to keys and values that the caller makes with `keys_values`, of any sequence."""
+    """Attention to the keys and values of any sequence, made by `keys_values`."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -113,9 +112,9 @@ class BertAttention(nn.Module):
     def forward(self, x: Tensor, attended: KeysValues, mask: Tensor | None = None) -> Tensor:
         """x [batch, T, D] to the same shape.
 
-        attended: of the same batch, or of a smaller one that divides it: then consecutive rows
-        of x share a row of it, as the beams of a question and the questions of an image do.
-        mask: bool [attended batch, 1, 1, S], True where there is something to attend to.
+        attended: keys and values with the same batch size, or one that divides it: consecutive
+            rows of x then share a row, as the beams of a question and questions of an image do.
+        mask: bool [attended batch, 1, 1, S], False on padding.
         """
         keys, values = attended
         query = self._split(self.self["query"](x.reshape(len(keys), -1, x.shape[-1])))
@@ -124,7 +123,7 @@ class BertAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A post-norm BERT layer, with attention to a second sequence or without."""
+    """A post-norm BERT layer, with or without attention to a second sequence."""
 
     def __init__(self, config: BertConfig, *, cross: bool):
         super().__init__()
@@ -143,7 +142,7 @@ class Layer(nn.Module):
         other: KeysValues | None = None,
         other_mask: Tensor | None = None,
     ) -> Tensor:
-        """own: keys and values of the sequence itself; other: of the second sequence."""
+        """own: keys and values of the sequence itself; other: those of the second sequence."""
         x = self.attention(x, own, own_mask)
         if self.crossattention is not None:
             assert other is not None
@@ -151,7 +150,7 @@ class Layer(nn.Module):
         return self.output(F.gelu(self.intermediate["dense"](x)), x)
 
     def encode(self, x: Tensor, mask: Tensor | None, other: KeysValues | None = None) -> Tensor:
-        """The layer over a whole sequence that attends to itself in both directions."""
+        """Apply the layer to a whole sequence, with bidirectional self-attention."""
         return self(x, self.attention.keys_values(x), mask, other)
 
 
@@ -163,11 +162,11 @@ class Layers(nn.Module):
         self.layer = nn.ModuleList(layers)
 
     def __iter__(self) -> Iterator[Layer]:
-        return cast(Iterator[Layer], iter(self.layer))  # PyTorch says no more than Module
+        return cast(Iterator[Layer], iter(self.layer))  # PyTorch types items as Module
 
 
 class Bert(nn.Module):
-    """Embeddings and `count` identical layers."""
+    """Embeddings and `count` layers."""
 
     def __init__(self, config: BertConfig, count: int, *, cross: bool):
         super().__init__()
@@ -189,7 +188,7 @@ class QuestionEncoder(Bert):
 
 
 class FusionEncoder(nn.Module):
-    """Lets questions look at the image, and the image, in connected layers, at the questions."""
+    """Lets questions attend to the image and, in connected layers, the image to the questions."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -198,7 +197,7 @@ class FusionEncoder(nn.Module):
         )
 
     def forward(self, text_QLD: Tensor, mask_QL: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image [1 or Q, N, D]. Returns image (of batch Q after a connected layer) and text."""
+        """image: [1 or Q, N, D]. Returns image (batch size Q after a connected layer) and text."""
         image_tokens = image.shape[1]
         text_mask = mask_QL[:, None, None]
         joint_mask = F.pad(text_mask, (image_tokens, 0), value=True)

@@ -1,12 +1,12 @@
 """mPLUG's answer decoder, and the beam search that reads answers from it.
 
-The search is the reference's own (`models/multi_modal/mplug/predictor.py` of modelscope at
-2905da1), not that of `transformers`:
+The search follows the reference (`models/multi_modal/mplug/predictor.py` of modelscope at 2905da1),
+not `transformers`:
 - candidates are compared by log-probability / ((5 + length) / 6)^0.6, and the penalty is undone
   before the next step;
-- it ends when the best beam ends, and the answer is the best hypothesis of all that ended by then,
-  with the other four beams counted as ended as they are; an earlier, shorter one can win;
-- a beam that ended without being the best is continued all the same, past its end token;
+- the search ends when the best beam ends. The other four beams then count as ended, too, and the
+  answer is the best of all hypotheses that have ended so far: an earlier, shorter one can win;
+- a beam that ends without being the best still continues, past its end token;
 - at the last step, every beam counts as ended.
 
 Shapes: Q questions, K beams, L text tokens, N image tokens, S = N + L, D width, V vocabulary.
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from dpg_bench.mplug.bert import Bert, BertConfig, KeysValues
 
 LENGTH_PENALTY = 0.6
-NEVER = -1e20  # the reference's log-probability of an end that comes too early
+NEVER = -1e20  # the reference's log-probability of the end token before min_length
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """An answer that the search ended with: ids from the start token on, and its score."""
+    """An answer that the search found: ids, including the start token, and score."""
 
     ids: list[int]
     score: float
@@ -37,10 +37,10 @@ class Hypothesis:
 
 @dataclass
 class DecoderState:
-    """What a decoder remembers between steps; keys and values per layer.
+    """The decoder's state between steps: keys and values per layer.
 
-    memory: of [image; text], each [Q, H, S, d]; memory_mask: bool [Q, 1, 1, S].
-    own: of the tokens so far, each [Q * K, H, length, d].
+    memory: those of [image; text], each [Q, H, S, d]; memory_mask: bool [Q, 1, 1, S].
+    own: those of the tokens so far, each [Q * K, H, length, d].
     """
 
     memory: list[KeysValues]
@@ -53,13 +53,13 @@ class DecoderState:
 
 
 class AnswerDecoder(nn.Module):
-    """A causal BERT that attends to [image; text], one token a step."""
+    """A causal BERT that attends to [image; text] and takes one token per step."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
         self.bert = Bert(config, config.text_decode_layers, cross=True)
         predictions = _Predictions(config.hidden_size, config.vocab_size, config.layer_norm_eps)
-        # As in the reference: the output matrix is the word embedding.
+        # As in the reference, the output matrix is the word embedding.
         predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
         self.cls = nn.ModuleDict({"predictions": predictions})
 
@@ -68,13 +68,13 @@ class AnswerDecoder(nn.Module):
         memory = []
         for layer in self.bert.encoder:
             cross = layer.crossattention
-            assert cross is not None, "every layer of this decoder has it"
+            assert cross is not None, "every layer of this decoder has cross-attention"
             memory.append(_join(cross.keys_values(image), cross.keys_values(text_QLD)))
         mask = F.pad(mask_QL[:, None, None], (image.shape[1], 0), value=True)
         return DecoderState(memory, mask, [])
 
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
-        """Logits [Q * K, V] after one more token a beam (int64 [Q * K]); extends the state."""
+        """Logits [Q * K, V] after one more token per beam (int64 [Q * K]); extends the state."""
         x = self.bert.embeddings(tokens[:, None], state.length)
         own = []
         for index, layer in enumerate(self.bert.encoder):
@@ -88,7 +88,7 @@ class AnswerDecoder(nn.Module):
 
 
 def _join(first: KeysValues, second: KeysValues) -> KeysValues:
-    """Those of two sequences in a row; a `first` of batch 1 belongs to every row of `second`."""
+    """Concatenate along the sequence; a `first` of batch size 1 serves all rows of `second`."""
     (k1, v1), (k2, v2) = first, second
     rows = len(k2)
     keys = torch.cat([k1.expand(rows, -1, -1, -1), k2], dim=2)
@@ -96,7 +96,7 @@ def _join(first: KeysValues, second: KeysValues) -> KeysValues:
 
 
 class _Predictions(nn.Module):
-    """BERT's head for masked tokens, used to predict the next one."""
+    """BERT's masked-token head, used here to predict the next token."""
 
     def __init__(self, width: int, vocab: int, eps: float):
         super().__init__()
@@ -144,13 +144,13 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """The best K hypotheses of each question, best first.
 
-    next_logits(tokens [Q, K], origin [Q, K]): logits [Q, K, V] after these tokens; origin says
-        which of the question's beams each token continues (None at first, when all are equal).
+    next_logits(tokens [Q, K], origin [Q, K]): logits [Q, K, V] after these tokens; origin is the
+        index of the beam that each token continues (None at first, when all beams are equal).
     """
     questions, beams = starts_QK.shape
     tokens_QK, origin_QK, sequences_QKT = starts_QK, None, starts_QK[..., None]
     log_probs_QK = torch.full((questions, beams), -torch.inf, device=starts_QK.device)
-    log_probs_QK[:, 0] = 0  # the beams are equal at first: only one of them counts
+    log_probs_QK[:, 0] = 0  # all beams are equal at first: only one counts
     ended: list[list[Hypothesis]] = [[] for _ in range(questions)]
     searching = set(range(questions))
     for step in range(max_length):
@@ -161,11 +161,8 @@ def beam_search(
         candidates = (log_probs_QKV + log_probs_QK[..., None]) / penalty
         scores_QK, chosen_QK = candidates.flatten(1).topk(beams, dim=-1)
         vocab = log_probs_QKV.shape[-1]
-        log_probs_QK, origin_QK, tokens_QK = (
-            scores_QK * penalty,
-            chosen_QK // vocab,
-            chosen_QK % vocab,
-        )
+        log_probs_QK = scores_QK * penalty
+        origin_QK, tokens_QK = chosen_QK // vocab, chosen_QK % vocab
         kept = sequences_QKT.gather(1, origin_QK[..., None].expand_as(sequences_QKT))
         sequences_QKT = torch.cat([kept, tokens_QK[..., None]], dim=-1)
         finished_QK = (tokens_QK == end).tolist()

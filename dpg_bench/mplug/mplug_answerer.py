@@ -1,7 +1,7 @@
-"""mPLUG as an answerer: images and questions in, answers out, with the reference's preprocessing.
+"""mPLUG as an answerer: images and questions to answers, with the reference's preprocessing.
 
-Reference: `preprocessors/multi_modal.py` (MPlugPreprocessor) of modelscope at 2905da1: the image is
-squashed to a square, the question is lower-cased and cut to 25 tokens, however long it is.
+Reference: `preprocessors/multi_modal.py` (MPlugPreprocessor) of modelscope at 2905da1. The image is
+squashed to a square; the question is lower-cased and cut or padded to 25 tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from t2i.published import hashes_by_name
 
 QUESTION_TOKENS = 25
 _NEEDED = ("[CLS]", "[SEP]", "[PAD]", "[UNK]")
-# What BERT's tokenizer in transformers 4 puts together, over the whole answer and in this order.
+# The spaces that BERT's tokenizer in transformers 4 removes from the whole answer, in this order.
 _TOGETHER = {
     **{f" {mark}": mark for mark in ".?!,"},
     " ' ": "'",
@@ -33,10 +33,9 @@ _TOGETHER = {
 
 
 class MPlugAnswerer:
-    """See `dpg_bench.answerers.Answerer`. An image is encoded once; its questions are answered in
-    batches.
+    """An `Answerer` that encodes each image once and answers its questions in batches.
 
-    batch: questions answered at once. The answers do not depend on it (the scores do by rounding).
+    batch: questions per batch. It does not affect answers, and scores only by rounding.
     """
 
     name = "mplug"
@@ -57,12 +56,12 @@ class MPlugAnswerer:
     def load(
         cls, folder: str | Path, source: str = "", device: torch.device | str = "cpu"
     ) -> MPlugAnswerer:
-        """The answerer of a published folder (see `dpg_bench.mplug.mplug_model`).
+        """Load a published folder (see `dpg_bench.mplug.mplug_model`).
 
-        source: what the weights are called in results (default: the folder's name).
+        source: the weights' name in results (default: the folder's name).
 
         Raises:
-            UserError: the folder is incomplete, or its files do not fit together.
+            UserError: the folder is incomplete, or its files do not belong together.
         """
         folder = Path(folder)
         tokenizer = load_tokenizer(folder / VOCABULARY)
@@ -79,7 +78,7 @@ class MPlugAnswerer:
         return next(self.model.parameters()).device
 
     def identity(self) -> dict:
-        """Name, hash of the weights, and what of the settings an answer depends on."""
+        """Name, hashes of the files, and settings that affect answers."""
         return {
             "judge": self.name,
             "weights": self.source,
@@ -96,13 +95,13 @@ class MPlugAnswerer:
         return hashes_by_name(self.folder / name for name in names)
 
     def answer(self, image: Image.Image, questions: Sequence[Question]) -> list[str]:
-        """The answer to each question, in their order, as the model writes it ("yes", "2")."""
+        """The answer to each question, in order, as the model writes it ("yes", "2")."""
         found = self.search(image, [question.text for question in questions])
         return [write_out(self.tokenizer, best[0].ids) for best in found]
 
     @torch.inference_mode()
     def search(self, image: Image.Image, texts: Sequence[str]) -> list[list[Hypothesis]]:
-        """What the beam search ended with for each question, best first."""
+        """The hypotheses that beam search found for each question, best first."""
         image_1ND, found = self.encode(image), []
         for start in range(0, len(texts), self.batch):
             ids_QL, mask_QL = tokenize(self.tokenizer, texts[start : start + self.batch])
@@ -111,22 +110,22 @@ class MPlugAnswerer:
 
     @torch.inference_mode()
     def encode(self, image: Image.Image) -> Tensor:
-        """The image's features [1, N, D], good for any number of questions."""
+        """The image's features [1, N, D], usable for any number of questions."""
         pixels = preprocess(image, self.model.config.image_res)
         return self.model.encode_images(pixels[None].to(self.device))
 
 
 def preprocess(image: Image.Image, side: int) -> Tensor:
-    """CLIP's normalised pixels, float32 [3, side, side], of an image of any shape and mode."""
+    """CLIP's normalized pixels, float32 [3, side, side], of an image of any shape and mode."""
     squash = open_clip.image_transform(side, is_train=False, resize_mode="squash")
     return squash(image.convert("RGB"))
 
 
 def load_tokenizer(vocabulary: Path) -> BertWordPieceTokenizer:
-    """BERT's uncased tokenizer, padding and cutting to 25 tokens.
+    """BERT's uncased tokenizer, which pads and cuts to 25 tokens.
 
     Raises:
-        UserError: there is no such file, or it lacks a special token.
+        UserError: the file does not exist, or lacks a special token.
     """
     if not vocabulary.is_file():
         raise UserError(f"{vocabulary} does not exist; it belongs to the judge's folder")
@@ -147,14 +146,13 @@ def tokenize(tokenizer: BertWordPieceTokenizer, texts: Sequence[str]) -> tuple[T
 
 
 def write_out(tokenizer: BertWordPieceTokenizer, ids: Sequence[int]) -> str:
-    """An answer as text, spaced as the reference's tokenizer does it.
+    """An answer as text, with the spacing of the reference's tokenizer.
 
-    (The tokenizers library closes gaps word by word, and so leaves those around an apostrophe.)
+    (The tokenizers library removes spaces word by word, which misses those around an apostrophe.)
     """
-    unwritten = {tokenizer.token_to_id(word) for word in (*_NEEDED, "[MASK]")}
-    written = [number for number in ids if number not in unwritten]
-    # A number beyond the vocabulary is written, as there.
-    words = [tokenizer.id_to_token(number) or "[UNK]" for number in written]
+    special = {tokenizer.token_to_id(word) for word in (*_NEEDED, "[MASK]")}
+    # As in the reference, an id beyond the vocabulary is written as [UNK].
+    words = [tokenizer.id_to_token(number) or "[UNK]" for number in ids if number not in special]
     text = " ".join(words).replace(" ##", "").strip()
     for apart, together in _TOGETHER.items():
         text = text.replace(apart, together)

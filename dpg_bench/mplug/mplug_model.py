@@ -1,10 +1,10 @@
-"""mPLUG for visual question answering: the network as a whole, and loading its published folder
-strictly.
+"""mPLUG for visual question answering: the whole network, and strict loading of its published
+folder.
 
 The folder is ModelScope's `damo/mplug_visual-question-answering_coco_large_en`: config.yaml,
 config_bert.json, vocab.txt, pytorch_model.bin. The reference loads it with `strict=False` into
-position embeddings of zeros, so that a missing key would go unnoticed; here every key that the
-network uses must be there, and every key that is not used must be of a known kind.
+position embeddings of zeros, so a missing key would go unnoticed. Here every key that the network
+uses must be present, and every unused key must be of a known kind.
 
 Shapes: B images, R image side, N image tokens, Q questions, L text tokens, D width.
 """
@@ -31,7 +31,7 @@ _FUSION_LAYER = re.compile(r"fusion_encoder\.encoder\.layer\.(\d+)\.")
 
 @dataclass(frozen=True)
 class MPlugConfig:
-    """The parts of config.yaml that matter; defaults as in `configuration_mplug.py`."""
+    """The parts of config.yaml that are used; defaults as in `configuration_mplug.py`."""
 
     image_res: int = 504
     vision_width: int = 1024
@@ -47,8 +47,8 @@ class MPlugConfig:
     def __post_init__(self) -> None:
         if self.clip_vision_width % HEAD_WIDTH or self.clip_vision_width != self.vision_width:
             raise UserError(
-                f"clip_vision_width {self.clip_vision_width} must be vision_width "
-                f"({self.vision_width}) and a multiple of {HEAD_WIDTH}"
+                f"clip_vision_width {self.clip_vision_width} must equal vision_width "
+                f"({self.vision_width}) and be a multiple of {HEAD_WIDTH}"
             )
 
     @classmethod
@@ -56,7 +56,7 @@ class MPlugConfig:
         """Read a published folder's config.yaml and the BERT config that it names.
 
         Raises:
-            UserError: a file is missing or unreadable, or a value is missing or impossible.
+            UserError: a file is missing or unreadable, or a value is missing or invalid.
         """
         import yaml
 
@@ -72,17 +72,17 @@ class MPlugConfig:
             ) from error
         needed = [f.name for f in fields(BertConfig) if f.name != "stride_layer"]
         if missing := [name for name in needed if name not in bert]:
-            raise UserError(f"{bert_file} does not say {', '.join(missing)}")
+            raise UserError(f"{bert_file} lacks {', '.join(missing)}")
         own = {f.name: stored[f.name] for f in fields(cls) if f.name in stored and f.name != "bert"}
         known = {f.name: bert[f.name] for f in fields(BertConfig) if f.name in bert}
         return cls(**own, bert=BertConfig(**known))
 
 
 class MPlug(nn.Module):
-    """Image and questions to answers, as ids."""
+    """Answers questions about an image; questions and answers are token ids."""
 
     start, end = 101, 102
-    """The ids around an answer: BERT's [CLS] and [SEP], numbers in the reference, too."""
+    """Ids that start and end an answer: BERT's [CLS] and [SEP], fixed in the reference as well."""
 
     def __init__(self, config: MPlugConfig):
         super().__init__()
@@ -103,16 +103,16 @@ class MPlug(nn.Module):
         self.text_decoder = AnswerDecoder(config.bert)
 
     def encode_images(self, pixels_B3RR: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, R, R] to features [B, N, D], which know no question yet."""
+        """Normalized pixels [B, 3, R, R] to features [B, N, D], before fusion with questions."""
         features = self.visual_encoder["visual"](pixels_B3RR)
         if self.config.bert.hidden_size != self.config.vision_width:
             features = self.visn_layer_norm(self.visn_fc(features))
         return features
 
     def answer(self, image_1ND: Tensor, ids_QL: Tensor, mask_QL: Tensor) -> list[list[Hypothesis]]:
-        """The answers to questions about one encoded image, best first, one list a question.
+        """The answers to questions about one encoded image: one list per question, best first.
 
-        ids_QL: int64, mask_QL: bool, as the tokenizer pads them.
+        ids_QL: int64; mask_QL: bool, False on padding.
         """
         text_QLD = self.text_encoder(ids_QL, mask_QL)
         image, text_QLD = self.fusion_encoder(text_QLD, mask_QL, image_1ND)
@@ -131,7 +131,7 @@ class MPlug(nn.Module):
         """The network of a published folder, float32, in eval mode, on the CPU.
 
         Raises:
-            UserError: a file is missing or unreadable, or keys are missing, unknown or mis-shaped.
+            UserError: a file is unreadable, or a weight is missing, unknown or has a wrong shape.
         """
         folder = Path(folder)
         model = cls(MPlugConfig.load(folder))
@@ -142,17 +142,17 @@ class MPlug(nn.Module):
         for one, same in (("decoder.weight", f"{words}.weight"), ("decoder.bias", f"{head}.bias")):
             a, b = (kept.get(key) for key in (f"{head}.{one}", same))
             if a is not None and b is not None and not torch.equal(a, b):
-                raise UserError(f"{folder / WEIGHTS}: {head}.{one} is not {same}, as it must be")
+                raise UserError(f"{folder / WEIGHTS}: {head}.{one} must equal {same}, but does not")
         load_strict(model, kept, folder / WEIGHTS)
         return model.eval().requires_grad_(False)
 
 
 def used_weights(stored: dict[str, Tensor], bert: BertConfig) -> dict[str, Tensor]:
-    """Drop what a published file holds besides the network; keys that nobody knows stay.
+    """Drop known unused weights of a published file; unknown keys stay, for loading to refuse.
 
-    Dropped: momentum twins (`*_m`), CLIP's text tower and projection, position indices, fusion
-    layers below the first that is used, and the cross-attention of connected layers. Fusion layers
-    are numbered from the first that is used.
+    Dropped: momentum copies (`*_m`), CLIP's text tower and projection, position indices, fusion
+    layers before the first one used, and the cross-attention of connected layers. Fusion layers are
+    renumbered from the first one used.
     """
     first = bert.num_hidden_layers - bert.fusion_depth
     kept = {}

@@ -1,4 +1,4 @@
-"""mPLUG with random weights in its published folder, for a rehearsal."""
+"""mPLUG with random weights in the layout of its published folder, for a rehearsal."""
 
 import json
 from dataclasses import asdict
@@ -18,19 +18,19 @@ _HEAD, _WORDS = "text_decoder.cls.predictions", "text_decoder.bert.embeddings.wo
 
 
 def write(folder: Path, size: str, weights: RandomWeights) -> Written:
-    """Write the folder; its word list has the published length, and made-up words."""
+    """Write the folder; its vocabulary has the published size, with made-up words."""
     config = MPlugConfig()
     bert = {**asdict(config.bert), "stride_layer": 6}
     with torch.device("meta"):
         shapes = shapes_of(MPlug(config).state_dict())
     first = config.bert.num_hidden_layers - config.bert.fusion_depth
-    # The file numbers fusion layers from the first of BERT's.
+    # The file numbers fusion layers from BERT's first layer, not from the first one used.
     named = {f"model.{_renumbered(name, first)}": size for name, size in shapes.items()}
     same = {f"{_HEAD}.decoder.weight": f"{_WORDS}.weight", f"{_HEAD}.decoder.bias": f"{_HEAD}.bias"}
     tied = {f"model.{a}": f"model.{b}" for a, b in same.items() if a in shapes and b in shapes}
     weights.pickle(folder / WEIGHTS, named, nest="module", tied=tied)
     settings = {k: v for k, v in asdict(config).items() if k != "bert"}
-    (folder / CONFIG).write_text(json.dumps(settings))  # JSON is YAML, too
+    (folder / CONFIG).write_text(json.dumps(settings))  # JSON is valid YAML
     (folder / config.bert_config).write_text(json.dumps(bert))
     words = ["[PAD]", *(f"[unused{n}]" for n in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words += [chr(code) for code in range(33, 127)]
@@ -47,7 +47,7 @@ def _renumbered(name: str, first: int) -> str:
 
 
 def judge(folder: Path, image: Path) -> str:
-    """Load it as `dpg_bench/run.py` does and answer two questions about an image."""
+    """Load the folder as `dpg_bench/run.py` does, and answer two questions about an image."""
     from dpg_bench.answerers import load_answerer
 
     answerer = load_answerer("mplug", folder)

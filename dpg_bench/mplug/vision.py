@@ -1,5 +1,5 @@
-"""mPLUG's image side: CLIP's ViT (arXiv 2103.00020), every token after the last norm, not
-projected.
+"""mPLUG's image encoder: CLIP's ViT (arXiv 2103.00020). Returns all tokens after the last norm,
+without CLIP's projection.
 
 Reference: `models/multi_modal/mplug/clip` of modelscope at 2905da1, called with `skip_last_layer`.
 Module names are those of the published checkpoint.
@@ -54,7 +54,7 @@ class VisionBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Normalised pixels [B, 3, R, R] to token features [B, N, W]."""
+    """Normalized pixels [B, 3, R, R] to token features [B, N, W]."""
 
     def __init__(self, image_size: int, patch_size: int, width: int, layers: int):
         super().__init__()
