@@ -293,7 +293,7 @@ def run(main: Callable[[], None]) -> None:
         if is_main_process():
             print("interrupted", *stop.args, sep=": ", file=sys.stderr)
             if isinstance(stop, Stopped):
-                print(f"to go on:\n  {resume_command()}", file=sys.stderr)
+                print(f"to continue:\n  {resume_command()}", file=sys.stderr)
         sys.exit(130)
     finally:
         _output_is_read()

@@ -157,7 +157,7 @@ def test_recipes_give_no_warnings(name):
         ({"steps": 600}, "own drafts alone"),
         (
             {"log": LogOptions(control=Path("runs/nowhere"))},
-            "log.control=runs/nowhere does not exist",
+            "log.control=runs/nowhere holds no metrics.jsonl yet",
         ),
     ],
 )

@@ -40,7 +40,7 @@ class MetricsLog:
         """Record values after optimizer step number `step` (1 is the first)."""
         if not self.path.parent.exists():
             logger.warning(
-                "the run folder %s is gone, deleted or moved: the run goes on in a new one there",
+                "the run folder %s is gone, deleted or moved: the run continues in a new one there",
                 self.path.parent.absolute(),
             )
             self.path.parent.mkdir(parents=True)

@@ -45,7 +45,7 @@ _MOST_POINTS = 400
 
 
 def refresh_run_page(run_dir: str | Path) -> None:
-    """Rewrite the page of a run that goes on, which no page must end: a warning if it cannot be."""
+    """Rewrite the page during a run. If that fails, warn: a page must not end the run."""
     try:
         write_run_page(run_dir)
     except (UserError, OSError) as error:

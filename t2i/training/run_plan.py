@@ -19,6 +19,7 @@ from typing import overload
 
 from t2i.errors import UserError
 from t2i.training.config import TrainConfig
+from t2i.training.logs import METRICS
 
 PUBLISHED_K = 8
 """The largest window in the papers; its lead was smaller than the spread of repeated runs."""
@@ -127,10 +128,10 @@ def about_settings(config: TrainConfig, plan: Plan) -> Iterator[str]:
                 "no sample sheet and no validation before the end; give a smaller "
                 "--log.sample-every and --log.validate-every"
             )
-    if log.control is not None and not log.control.is_dir():
+    if log.control is not None and not (log.control / METRICS).is_file():
         yield (
-            f"log.control={log.control} does not exist: the run's page shows that run's curves only "
-            "once it does"
+            f"log.control={log.control} holds no {METRICS} yet: the run's page shows that run's "
+            "curves once it does"
         )
     method = config.method
     if 0 < method.own_drafts < 1 and not method.anneal and plan.steps > _LONG and method.k > 1:
