@@ -307,7 +307,8 @@ def _write_sheets(out: Path, drawn: "list[Drawn]") -> list[tuple[str, str]]:
 
 def _course(options: "dict[str, DrawingModelOptions]") -> "list[Chart]":
     """Training curves of the model's run and of the control's run."""
-    from t2i.training.logs import METRICS, read_metrics
+    from t2i.training.config import METRICS
+    from t2i.training.logs import read_metrics
     from t2i.training.run_page import metric_charts
 
     rows: dict[str, list[dict]] = {}

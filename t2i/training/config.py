@@ -35,6 +35,8 @@ class BackboneOptions(BaseOptions):
     """Do not load what drawing does not need: Janus-Pro's understanding tower and text head."""
 
 
+METRICS = "metrics.jsonl"
+"""Name of a run's file of metrics."""
 _MOST_SAMPLES, _MOST_EPOCHS = 1_048_576, 1e9
 """Limits on the samples of a step (they are listed in memory) and on a run's epochs."""
 _CAPTION = "{caption}"

@@ -8,13 +8,10 @@ from pathlib import Path
 
 from t2i.errors import UserError
 from t2i.files import reading, saving, text_sha256, write_text
-from t2i.training.config import TrainConfig
+from t2i.training.config import METRICS, TrainConfig
 from t2i.training.settings import plain
 
 logger = logging.getLogger(__name__)
-
-METRICS = "metrics.jsonl"
-"""Name of a run's file of metrics."""
 
 
 class MetricsLog:

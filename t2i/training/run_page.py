@@ -18,7 +18,8 @@ from t2i.fields import read_object
 from t2i.files import write_text
 from t2i.pages import chart_html, facts_html, frames_html, html_page
 from t2i.progress import readable_time
-from t2i.training.logs import METRICS, read_metrics
+from t2i.training.config import METRICS
+from t2i.training.logs import read_metrics
 
 log = logging.getLogger(__name__)
 

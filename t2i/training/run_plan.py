@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from typing import overload
 
 from t2i.errors import UserError
-from t2i.training.config import TrainConfig
-from t2i.training.logs import METRICS
+from t2i.training.config import METRICS, TrainConfig
 
 PUBLISHED_K = 8
 """The largest window in the papers; its lead was smaller than the spread of repeated runs."""
