@@ -73,7 +73,7 @@ def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{folder} cannot be read as the folder of a transformers model: {reason}"
+            f"{folder} is not a readable folder of a transformers model: {reason}"
         ) from error
 
 
