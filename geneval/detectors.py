@@ -2,8 +2,8 @@
 
 - `mask2former`: Mask2Former Swin-S with the weights that define GenEval, and CLIP for colors.
 - `mask2former-hf`: the same code with the weights of the hub's
-  facebook/mask2former-swin-small-coco-instance, another training run. Its scores are close
-  to GenEval's but do not count as GenEval scores.
+  facebook/mask2former-swin-small-coco-instance, another training run. Its scores are
+  close to GenEval's but do not count as GenEval scores.
 - `shapes`: exact, for pictures of the offline shapes world.
 """
 
@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 
 DETECTORS = ("mask2former", "mask2former-hf", "shapes")
 HUB_APPROXIMATION = "facebook/mask2former-swin-small-coco-instance"
-_CONVERSION = (
-    1  # version of the cached folder; raise it when geneval.mmdet_weights converts differently
-)
+_CONVERSION = 1  # names the cached folder; raise it if geneval.mmdet_weights converts differently
 _SHORTEST_HASH = 8
 _LIBRARIES = ("torch", "transformers", "open-clip-torch", "pillow", "numpy")
 _OPTION = "--detector-weights (in training: --reward.detector-weights)"
