@@ -34,7 +34,7 @@ class GenEval:
     best = 1.0
     decimals = 3
     legend = (
-        "overall: the unweighted mean of the tasks, each the rate of its correct images; "
+        "overall: the unweighted mean of the tasks' rates of correct images; "
         "a prompt is correct if any of its images is."
     )
 
