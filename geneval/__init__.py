@@ -113,8 +113,8 @@ def _entry(given: Mapping | str, place: int) -> Mapping:
         if given in (known := _known_prompts()):
             return known[given]
         raise UserError(
-            f"score cannot know what {given!r:.200} asks for: it is not a GenEval prompt. "
-            "Give its metadata instead, such as "
+            f"score cannot know what {given!r:.200} asks for: it is a prompt of neither GenEval nor the "
+            "shapes world. Give its metadata instead, such as "
             '{"tag": "colors", "prompt": "a photo of a red bus", "include": [{"class": "bus", "count": 1, "color": "red"}]}'
         )
     return check_schema(given, f"metadata[{place}]")

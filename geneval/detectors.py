@@ -3,7 +3,7 @@
 - `mask2former`: Mask2Former Swin-S with the weights that define GenEval, and CLIP for colors.
 - `mask2former-hf`: the same code with the weights of the hub's
   facebook/mask2former-swin-small-coco-instance, another training run. Its scores are
-  close to GenEval's but do not count as GenEval scores.
+  close to GenEval's but are not GenEval scores.
 - `shapes`: exact, for pictures of the offline shapes world.
 """
 

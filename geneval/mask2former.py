@@ -130,10 +130,8 @@ def read_instances(
     """
     probability_QK = class_logits_QK.softmax(-1)[:, :-1]
     best = probability_QK.flatten().topk(min(MAX_DETECTIONS, probability_QK.numel()))
-    query_D, label_D = (
-        best.indices // probability_QK.shape[1],
-        best.indices % probability_QK.shape[1],
-    )
+    classes = probability_QK.shape[1]
+    query_D, label_D = best.indices // classes, best.indices % classes
     used, place_D = query_D.unique(return_inverse=True)
     quality, boxes, masks = [], [], []
     for part in used.split(_QUERIES_AT_ONCE):
@@ -174,10 +172,7 @@ def mask_boxes(masks_nHW: Tensor) -> Tensor:
 # -- images ----------------------------------------------------------------------------------------
 def scaled_size(width: int, height: int, rules: InputRules) -> tuple[int, int]:
     """Width and height after the resize, which keeps the aspect ratio; halves are rounded up."""
-    scale = min(
-        rules.long_side / max(width, height),
-        rules.short_side / min(width, height),
-    )
+    scale = min(rules.long_side / max(width, height), rules.short_side / min(width, height))
     return int(width * scale + 0.5), int(height * scale + 0.5)
 
 
@@ -195,9 +190,8 @@ def prepare(image: Image.Image, rules: InputRules) -> tuple[np.ndarray, tuple[in
 
 def normalise(pixels: np.ndarray, rules: InputRules) -> torch.Tensor:
     """Normalized pixels, float32 [1, 3, h, w], from uint8 [h, w, 3]."""
-    scaled = (pixels.astype(np.float32) - np.array(rules.mean, np.float32)) / np.array(
-        rules.std, np.float32
-    )
+    mean, std = np.array(rules.mean, np.float32), np.array(rules.std, np.float32)
+    scaled = (pixels.astype(np.float32) - mean) / std
     return torch.from_numpy(scaled).permute(2, 0, 1)[None].contiguous()
 
 

@@ -85,7 +85,8 @@ def decide(
         if failure is None and "position" in wanted:
             failure = _position_failure(wanted, boxes, matched, options.position_threshold)
         matched.append(boxes if failure is None else None)
-        reasons += [] if failure is None else [failure]
+        if failure is not None:
+            reasons.append(failure)
     for banned in metadata.get("exclude", []):
         found = len(kept.get(banned["class"], []))
         if found >= banned["count"]:
@@ -111,12 +112,11 @@ def check_schema(entry: object, where: str) -> Mapping:
     """The entry, if it is valid GenEval metadata; otherwise UserError, which names `where`."""
     if isinstance(entry, Mapping) and "prompt" in entry and isinstance(entry.get("tag"), str):
         asked = [entry[name] for name in ("include", "exclude") if name in entry]
-        items = [
-            (place, item)
-            for part in asked
-            for place, item in enumerate(part if isinstance(part, Sequence) else "?")
-        ]
-        if items and all(_can_be_judged(item, place) for place, item in items):
+        if (
+            all(isinstance(part, Sequence) for part in asked)
+            and any(asked)
+            and all(_can_be_judged(item, i) for part in asked for i, item in enumerate(part))
+        ):
             return entry
     raise UserError(
         f"{where} is {entry!r:.200}, which is not GenEval metadata: give a tag, a prompt and "

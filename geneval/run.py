@@ -1,7 +1,7 @@
 """GenEval: draw a model's images and judge them, judge a folder of images, or compare two results.
 
 python geneval/run.py --ckpt runs/mine --out outputs/geneval/mine
-python geneval/run.py --ckpt shapes --out outputs/geneval/base         # not fine-tuned
+python geneval/run.py --ckpt shapes --out outputs/geneval/base   # the shipped base, not fine-tuned
 python geneval/run.py --images any_models_images
 python geneval/run.py compare outputs/geneval/base outputs/geneval/mine
 torchrun --nproc_per_node 8 geneval/run.py --ckpt runs/mine
