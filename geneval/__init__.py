@@ -1,7 +1,7 @@
 """GenEval (arXiv 2310.11513) as a library: detector, rules, summary.
 
-`score(images, metadata)` does it all for images in memory, as a reward does;
-`geneval.geneval_benchmark.GenEval` is the whole benchmark with files and pages, for
+`score(images, metadata)` judges images in memory, for example for a reward.
+`geneval.geneval_benchmark.GenEval` is the whole benchmark, with its files and report pages, for
 `t2i.evaluation.runner.evaluate`.
 """
 
@@ -50,7 +50,7 @@ class Judgement:
     summary: Summary
 
     def _repr_markdown_(self) -> str:
-        """How a notebook shows it: the summary."""
+        """In a notebook: the summary."""
         return self.summary._repr_markdown_()
 
 
@@ -62,16 +62,18 @@ def score(
     options: RuleOptions | None = None,
     seed: int = 0,
 ) -> Judgement:
-    """Judge images and summarise.
+    """Judge images and summarize the verdicts.
 
-    images: PIL images, uint8 arrays [H, W, 3] (or [H, W]) or files, prompt by prompt: the same
-    number of images for each entry of `metadata`, in its order. metadata: in GenEval's schema (tag,
-    prompt, include, exclude), or the words of one of GenEval's 553 prompts, or of the shapes
-    world's. detector: Mask2Former with CLIP, loaded once and on a GPU where there is one, if None.
-    seed: of the bootstrap standard errors.
+    images: PIL images, uint8 arrays [H, W, 3] (or [H, W]) or file paths, grouped by prompt in the
+    order of `metadata`, with the same number of images for every prompt.
+    metadata: one entry per prompt: either a mapping in GenEval's schema (tag, prompt, include,
+    exclude), or the text of a prompt from GenEval's 553 or from the shapes world.
+    detector: default Mask2Former with CLIP, loaded once, on a GPU if there is one.
+    options: thresholds of GenEval's rules; default GenEval's own.
+    seed: for the bootstrap standard errors.
 
-    Raises UserError when an argument is of another kind, when the numbers do not fit, or when the
-    detector cannot name a class or colour that the metadata asks for.
+    Raises UserError if an argument has the wrong type, if the number of images is not a multiple of
+    the number of prompts, or if the detector does not know a class or color in the metadata.
     """
     asked: list[Any] = _listed(metadata, "metadata", single=isinstance(metadata, str | Mapping))
     single = isinstance(images, Image.Image | str | Path) or getattr(images, "ndim", 4) < 4
@@ -99,20 +101,20 @@ def score(
 
 
 def _listed(given: Any, name: str, *, single: bool) -> list[Any]:
-    """What was given as a list; UserError if it is neither one of its kind nor several."""
+    """`given` as a list, wrapped if it is a `single` item; UserError if it is not iterable."""
     if not single and not isinstance(given, Iterable):
-        raise UserError(f"{name} is {given!r:.80}: give a list, or a single one")
+        raise UserError(f"{name} is {given!r:.80}: give a list or a single item")
     return [given] if single else list(given)
 
 
 def _entry(given: Mapping | str, place: int) -> Mapping:
-    """Metadata as it is, or that of a prompt that GenEval or the shapes world knows."""
+    """Metadata, checked if given as a mapping, looked up if given as a prompt's text."""
     if isinstance(given, str):
         if given in (known := _known_prompts()):
             return known[given]
         raise UserError(
-            f"score cannot know what {given!r:.200} asks for: it is none of GenEval's prompts. "
-            "Give its metadata, such as "
+            f"score cannot know what {given!r:.200} asks for: it is a prompt of neither GenEval nor the "
+            "shapes world. Give its metadata instead, such as "
             '{"tag": "colors", "prompt": "a photo of a red bus", "include": [{"class": "bus", "count": 1, "color": "red"}]}'
         )
     return check_schema(given, f"metadata[{place}]")
@@ -145,7 +147,7 @@ def _picture(given: Image.Image | np.ndarray | str | Path, place: int) -> Image.
 
 @lru_cache(maxsize=1)
 def _default_detector() -> Detector:
-    # Here, so that rules and summary come without PyTorch.
+    # Imported here so that the rules and the summary can be used without PyTorch.
     import torch
 
     from geneval.detectors import load_detector

@@ -1,15 +1,15 @@
-"""GenEval's colour classifier: OpenAI CLIP ViT-L/14 on crops of the detected objects.
+"""GenEval's color classifier: OpenAI CLIP ViT-L/14 on crops of the detected objects.
 
 Reference: `ImageCrops` and `color_classification` in `evaluation/evaluate_images.py` of
 djghosh13/geneval, `zero_shot_classifier` and `run_classification` of clip_benchmark 1.4. Easy to
 get wrong, and tested:
 - the weights were trained with QuickGELU; open_clip since 2.29 builds "ViT-L-14" with plain GELU;
-- grey #999 around the mask, but black outside the image; boxes round half to even;
-- CLIP cuts the centre square, so long objects lose their ends;
+- gray #999 around the mask, but black outside the image; boxes round half to even;
+- CLIP crops the center square, so long objects lose their ends;
 - the third text has no class name in it;
-- on CUDA both towers and the product run under float16 autocast, as they do officially.
+- on CUDA, both towers and their product run under float16 autocast, as in the official script.
 
-Shapes: N crops, C colours, D CLIP dimension.
+Shapes: N crops, C colors, T texts per color, D CLIP dimension.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ _CROPS_AT_ONCE = 16
 # Entries of OpenAI's archive that are not parameters.
 _ARCHIVE_CONSTANTS = ("input_resolution", "context_length", "vocab_size")
 
-# The shorter side to 224, bicubic; the centre square; normalised: float32 [3, 224, 224].
+# Resizes the shorter side to 224 (bicubic), crops the center square and normalizes: float32
+# [3, 224, 224].
 clip_pixels = open_clip.image_transform(SIDE, is_train=False)
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
 
 class ColorClassifier:
-    """Names the colour of detected objects."""
+    """Names the colors of detected objects."""
 
     colors = COLORS
 
@@ -60,7 +61,7 @@ class ColorClassifier:
         """clip: an open_clip model with QuickGELU; its image size must be `SIDE`.
 
         Raises:
-            UserError: the model has another activation.
+            UserError: the model has a different activation.
         """
         require_quick_gelu(clip)
         self.clip: Any = clip.to(device).eval()
@@ -70,7 +71,7 @@ class ColorClassifier:
 
     @torch.inference_mode()
     def classify(self, image: Image.Image, class_name: str, detections: Detections) -> list[str]:
-        """One colour for each detection of the class, in the upright image."""
+        """One color for each detection of the class; boxes are in the upright image."""
         if class_name not in self._classifiers:
             self._classifiers[class_name] = self._classifier(class_name)
         crops = object_crops(image, detections)
@@ -92,7 +93,7 @@ class ColorClassifier:
 
     @property
     def precision(self) -> str:
-        """What the towers compute in: it moves near ties."""
+        """The number format of the towers' computations; it can change close decisions."""
         return "float16 autocast" if self.device.type == "cuda" else "float32"
 
     def _autocast(self) -> AbstractContextManager:
@@ -102,10 +103,10 @@ class ColorClassifier:
 
 
 def load_clip(path: Path, architecture: str = ARCHITECTURE) -> nn.Module:
-    """OpenAI's ViT-L/14 (the file ViT-L-14.pt, whose hash has been checked) in open_clip, float32.
+    """OpenAI's ViT-L/14 in open_clip, float32, from ViT-L-14.pt. The caller checks the file's hash.
 
     Raises:
-        UserError: the file is no TorchScript archive, or its weights do not fit.
+        UserError: the file is not a TorchScript archive, or its weights do not fit.
     """
     clip = open_clip.CLIP(**open_clip.get_model_config(architecture))
     try:
@@ -132,14 +133,14 @@ def require_quick_gelu(clip: nn.Module) -> None:
     }
     if activations != {"QuickGELU"}:
         raise UserError(
-            "OpenAI's CLIP needs QuickGELU, this model has "
+            "OpenAI's CLIP needs QuickGELU, but this model has "
             f"{', '.join(sorted(activations)) or 'no activation named gelu'}: "
-            f"build open_clip's {ARCHITECTURE}"
+            f"build it as open_clip's {ARCHITECTURE}"
         )
 
 
 def object_crops(image: Image.Image, detections: Detections) -> list[Image.Image]:
-    """The part of the image inside each box, with everything outside the mask in grey."""
+    """The part of the image inside each box, with everything outside the mask gray."""
     upright = upright_rgb(image)
     blank = Image.new("RGB", upright.size, BACKGROUND)
     crops = []
@@ -155,12 +156,12 @@ def object_crops(image: Image.Image, detections: Detections) -> list[Image.Image
 
 
 def color_texts(name: str) -> list[list[str]]:
-    """For each colour, the three texts that stand for it."""
+    """The three texts that describe an object of this name, for each color."""
     return [[t.format(color=color, name=name) for t in TEMPLATES] for color in COLORS]
 
 
 def class_embeddings(text_embeddings_CTD: Tensor) -> Tensor:
-    """[C, texts, D] -> classifier [D, C]: the mean of the normalised texts, normalised again."""
+    """Classifier [D, C]: each color's mean of normalized text embeddings, normalized again."""
     mean_CD = F.normalize(text_embeddings_CTD, dim=-1).mean(dim=1)
     return (mean_CD / mean_CD.norm(dim=-1, keepdim=True)).T
 
@@ -171,5 +172,5 @@ def color_logits(image_embeddings_ND: Tensor, classifier_DC: Tensor) -> Tensor:
 
 
 def first_largest(logits_NC: Tensor) -> list[int]:
-    """Argmax of each row, the first of equal ones."""
+    """Argmax of each row; the first of equal values."""
     return logits_NC.float().cpu().numpy().argmax(axis=1).tolist()

@@ -1,7 +1,7 @@
-"""What the GenEval judge needs from an object detector and a colour classifier.
+"""The interface of the GenEval judge's detectors, which find objects and name their colors.
 
-Two implementations share these interfaces: the shapes world's analytic detector
-(`t2i.worlds`) and Mask2Former with CLIP for photographs.
+Two classes implement it: the shapes world's exact detector (`t2i.shapes.shapes_detector`) and
+Mask2Former with CLIP for photographs (`geneval.detectors`).
 
 Shapes: n detections of one class, H x W image.
 """
@@ -21,8 +21,9 @@ class Detections:
     """The detections of one class, in the detector's own order.
 
     boxes: float32 [n, 4], pixels (x0, y0, x1, y1); x1 and y1 are one past the last pixel, as in
-        mmdet's `mask2bbox`. scores: float32 [n] in (0, 1]. masks: bool [n, H, W], or None from a
-        detector without masks.
+        mmdet's `mask2bbox`.
+    scores: float32 [n] in (0, 1].
+    masks: bool [n, H, W], or None if the detector gives no masks.
     """
 
     boxes: np.ndarray
@@ -49,7 +50,7 @@ class Detections:
 
 
 class Detector(Protocol):
-    """Finds objects and names their colours."""
+    """Finds objects and names their colors."""
 
     @property
     def classes(self) -> Sequence[str]:
@@ -62,16 +63,16 @@ class Detector(Protocol):
         ...
 
     def detect(self, image: Image.Image) -> Mapping[str, Detections]:
-        """Class name -> detections, classes without any may be left out."""
+        """Class name -> detections; classes without detections may be missing."""
         ...
 
     def classify_colors(
         self, image: Image.Image, class_name: str, detections: Detections
     ) -> list[str]:
-        """One of GenEval's colour names for each detection."""
+        """One of GenEval's color names for each detection."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What judged, for the results file: name, whether GenEval is defined by it ("official"),
-        weights (file name -> SHA-256) and library versions. JSON types only."""
+        """What the results file says about the judge: name, whether it is the official one
+        ("official"), weights (file name -> SHA-256) and library versions. JSON types only."""
         ...

@@ -1,8 +1,8 @@
-"""GenEval's judges with random weights in their published layouts, for a rehearsal.
+"""GenEval's judge with random weights in the published layouts, for a rehearsal.
 
-The detector is mmdetection's checkpoint of Mask2Former Swin-S under 2.x names, the colours' CLIP
-OpenAI's TorchScript archive. Random weights cannot have the published hashes: the rehearsal accepts
-their own in their place, and is the same in all else.
+It consists of mmdetection's checkpoint of Mask2Former Swin-S, with 2.x names, and OpenAI's
+TorchScript archive of CLIP. Random weights cannot have the published hashes, so the rehearsal
+accepts theirs instead; everything else is as with the published files.
 """
 
 import tempfile
@@ -29,7 +29,7 @@ SIZES = ("swin-s",)
 
 
 def write(folder: Path, size: str, weights: RandomWeights) -> Written:
-    """Write both files."""
+    """Write both files into `folder`; there is only one size."""
     shapes = checkpoint_shapes(released_config())
     weights.pickle(folder / detectors.MASK2FORMER.names[0], shapes, nest="state_dict")
     clip = open_clip.CLIP(**open_clip.get_model_config(ARCHITECTURE)).half()
@@ -38,7 +38,7 @@ def write(folder: Path, size: str, weights: RandomWeights) -> Written:
 
 
 def judge(folder: Path, image: Path) -> str:
-    """Load both as `geneval/run.py` does and judge an image; says what was found."""
+    """Load both files as `geneval/run.py` does, judge an image, and describe the outcome."""
     file, clip = (folder / f.names[0] for f in (detectors.MASK2FORMER, detectors.CLIP))
     digest = remembered_sha256(file)
     detectors.CLIP = replace(detectors.CLIP, hashes=(remembered_sha256(clip),))
@@ -50,12 +50,12 @@ def judge(folder: Path, image: Path) -> str:
     entry["include"] = [{"class": name, "count": 1, "color": "red"}]  # type: ignore[assignment]
     colors = detector.classify_colors(picture, name, found[name])
     verdict = judge_image(picture, entry, detector)
-    kinds = sum(len(one.scores) for one in found.values())
-    return f"{kinds} objects of {len(found)} classes, {name}: {colors[:3]}, {verdict.reason!r}"
+    total = sum(len(one) for one in found.values())
+    return f"{total} objects of {len(found)} classes, {name}: {colors[:3]}, {verdict.reason!r}"
 
 
 def checkpoint_shapes(config: Mask2FormerConfig) -> Shapes:
-    """Names and shapes of mmdetection's file, 2.x style."""
+    """Names and shapes of the weights in mmdetection's checkpoint, with 2.x names."""
     with tempfile.TemporaryDirectory() as folder:
         Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
         stored = shapes_of(read_folder(folder, shapes_only=True))
@@ -65,7 +65,7 @@ def checkpoint_shapes(config: Mask2FormerConfig) -> Shapes:
         if WITHOUT_EFFECT.fullmatch(key):
             continue
         name = mmdet_name(key)
-        found[name] = (found.get(name, (0,))[0] + size[0], *size[1:])  # joined projections
+        found[name] = (found.get(name, (0,))[0] + size[0], *size[1:])  # mmdet joins projections
         before, table, _ = name.partition(".relative_position_bias_table")
         if table:
             found[before + RECOMPUTED] = (swin.window_size**2,) * 2
@@ -73,7 +73,7 @@ def checkpoint_shapes(config: Mask2FormerConfig) -> Shapes:
 
 
 class _Archive(nn.Module):
-    """CLIP's weights as OpenAI's archive has them, with constants among them."""
+    """CLIP's weights in the layout of OpenAI's archive, which also holds constants."""
 
     def __init__(self, clip: nn.Module):
         super().__init__()
@@ -89,5 +89,5 @@ class _Archive(nn.Module):
 
 
 def write_archive(clip: nn.Module, path: Path) -> None:
-    """As OpenAI published it."""
+    """Write CLIP as an archive in OpenAI's layout."""
     torch.jit.trace(_Archive(clip), torch.zeros(1), check_trace=False).save(str(path))

@@ -1,9 +1,9 @@
 """Detectors by name: the official one, its approximation, and the shapes world's.
 
-- `mask2former`: Mask2Former Swin-S with the weights that GenEval is defined by, and CLIP's colours.
+- `mask2former`: Mask2Former Swin-S with the weights that define GenEval, and CLIP for colors.
 - `mask2former-hf`: the same code with the weights of the hub's
-  facebook/mask2former-swin-small-coco-instance, another training run. Its scores are near
-  GenEval's and are not GenEval's.
+  facebook/mask2former-swin-small-coco-instance, another training run. Its scores are
+  close to GenEval's but are not GenEval scores.
 - `shapes`: exact, for pictures of the offline shapes world.
 """
 
@@ -32,15 +32,16 @@ if TYPE_CHECKING:
 
 DETECTORS = ("mask2former", "mask2former-hf", "shapes")
 HUB_APPROXIMATION = "facebook/mask2former-swin-small-coco-instance"
-_CONVERSION = 1  # of the cached folder; raise it when geneval.mmdet_weights gives something else
+_CONVERSION = 1  # names the cached folder; raise it if geneval.mmdet_weights converts differently
 _SHORTEST_HASH = 8
 _LIBRARIES = ("torch", "transformers", "open-clip-torch", "pillow", "numpy")
 _OPTION = "--detector-weights (in training: --reward.detector-weights)"
-# Files that carry the first digits of their SHA-256 in their names (OpenMMLab's rule), or all of it
-# in their address.
 _ADVICE = f"copy it into the folder that you give as {_OPTION}"
 
-# One training run under two names: mmdet 3.x's (what GenEval's download script fetches), 2.x's.
+# The hashes come from the files' names or addresses: OpenMMLab puts the first digits of the SHA-256
+# into the name, OpenAI all of it into the address.
+#
+# One training run in two files: mmdet 3.x's (which GenEval's download script fetches) and 2.x's.
 MASK2FORMER = PublishedFile(
     title="Mask2Former Swin-S (COCO instances)",
     url="https://download.openmmlab.com/mmdetection/v3.0/mask2former/"
@@ -73,15 +74,16 @@ def load_detector(
     sha256: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Detector:
-    """A detector, ready to use.
+    """Load a detector.
 
-    name: one of `DETECTORS`. weights: the detector's file, or a folder that holds it (for
-    `mask2former-hf` the hub's folder); CLIP's file is looked for beside it. Without it: the cache,
-    then a download. sha256: first digits (at least 8) of the hash that the file at `weights` must
-    have instead of the published one; the result then names the weights as not official.
+    name: one of `DETECTORS`.
+    weights: the detector's file, or the folder that holds it (for `mask2former-hf`, the hub's
+        folder); CLIP's file is looked for in the same folder. Default: the cache, else a download.
+    sha256: first digits (at least 8) of the hash that the file at `weights` must have instead of
+        the published one; `identity` then does not call the detector official.
 
     Raises:
-        UserError: an unknown name, or weights that are missing, damaged or of another model; the
+        UserError: the name is unknown, or weights are missing, damaged or of another model; the
             message says what to do.
     """
     if name not in DETECTORS:
@@ -95,19 +97,19 @@ def load_detector(
     from geneval.mmdet_weights import load_hub_folder
 
     weights = None if weights is None else Path(weights).expanduser()
-    # All files are found and proven before the first of them is loaded.
+    # Find and check all files before loading the first.
     if name == "mask2former":
         file = _official(weights, sha256)
         build, hashes = partial(_converted, file), {file.path.name: file.digest}
-        beside = None if weights is None else file.path.parent
+        clip_folder = None if weights is None else file.path.parent
     elif sha256 is not None:
-        raise UserError("a hash can be given for mask2former only")
+        raise UserError(f"{name} takes no sha256: leave it out, or choose mask2former")
     else:
         folder = _approximation(weights)
         files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
         build, hashes = partial(load_hub_folder, folder), hashes_by_name(files)
-        beside = weights
-    clip = CLIP.find(beside)
+        clip_folder = weights
+    clip = CLIP.find(clip_folder)
     colors = ColorClassifier(load_clip(clip.path), load_tokenizer(), device)
     identity = {
         "name": name,
@@ -120,7 +122,7 @@ def load_detector(
 
 
 class PhotoDetector:
-    """Mask2Former's objects and CLIP's colours; see `geneval.detector.Detector`."""
+    """Finds objects with Mask2Former, names their colors with CLIP; see `Detector`."""
 
     def __init__(self, objects: Mask2FormerDetector, colors: ColorClassifier, identity: dict):
         self.classes, self.detect = objects.classes, objects.detect
@@ -137,7 +139,8 @@ def _official(weights: Path | None, sha256: str | None) -> ProvenFile:
     if sha256 is not None:
         if weights is None or len(sha256) < _SHORTEST_HASH:
             raise UserError(
-                f"a hash of at least {_SHORTEST_HASH} digits belongs to a file: give that file too"
+                f"sha256={sha256!r}: give a hash of at least {_SHORTEST_HASH} digits, and the file "
+                "that must have it (--detector-weights)"
             )
         source = replace(MASK2FORMER, hashes=(sha256.lower(),))
     return source.find() if weights is None else source.given(weights)
@@ -145,7 +148,7 @@ def _official(weights: Path | None, sha256: str | None) -> ProvenFile:
 
 def _approximation(weights: Path | None) -> Path:
     if weights is not None and not weights.is_dir():
-        raise UserError(f"{weights} is no folder: mask2former-hf is loaded from the hub's folder")
+        raise UserError(f"{weights} is not a folder: mask2former-hf needs the hub's folder")
     return weights or fetch_folder(
         HUB_APPROXIMATION,
         ["config.json", "model.safetensors"],
@@ -154,7 +157,7 @@ def _approximation(weights: Path | None) -> Path:
 
 
 def _converted(file: ProvenFile) -> Mask2FormerForUniversalSegmentation:
-    """The official weights for transformers: converted once, then read from the cache."""
+    """The model with the official weights: converted once, then loaded from the cache."""
     from geneval.mmdet_weights import load_hub_folder, load_mmdet
 
     cache = MASK2FORMER.cache_folder

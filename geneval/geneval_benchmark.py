@@ -1,4 +1,4 @@
-"""GenEval as a benchmark for `t2i.evaluation.runner`: prompts, judge, numbers, gallery cards.
+"""GenEval as a benchmark for `t2i.evaluation.runner`: prompts, verdicts, scores, gallery cards.
 
 evaluate(GenEval(metadata, detector), out, model=model)
 evaluate(GenEval(metadata, detector), out, images=folder)
@@ -28,13 +28,13 @@ from t2i.worlds import WORLDS, open_world
 
 
 class GenEval:
-    """The prompts and rules of GenEval around a detector; see `t2i.evaluation.runner.Benchmark`."""
+    """GenEval's rules with given prompts and a detector; see `t2i.evaluation.runner.Benchmark`."""
 
     name = "GenEval"
     best = 1.0
     decimals = 3
     legend = (
-        "overall: the unweighted mean of the tasks, each the rate of its correct images; "
+        "overall: the unweighted mean of the tasks' rates of correct images; "
         "a prompt is correct if any of its images is."
     )
 
@@ -46,11 +46,12 @@ class GenEval:
         options: RuleOptions | None = None,
         prompts: str = "own",
     ):
-        """entries: GenEval metadata in the order of the folder numbers. prompts: what to call them.
+        """entries: GenEval metadata in the order of the folder numbers.
+        prompts: the name of this set of prompts, for the report.
 
         Raises:
-            UserError: an entry is not in GenEval's schema, or asks for what the detector cannot
-                name.
+            UserError: an entry is not in GenEval's schema, or contains a class or color that the
+                detector does not know.
         """
         for index, entry in enumerate(entries):
             check_schema(entry, f"prompt {index}")
@@ -63,13 +64,13 @@ class GenEval:
         self.label = f"{prompts} prompts, judged by {judge['name']}{mark}"
 
     def identity(self) -> dict:
-        """Who judges: detector with weights, and thresholds."""
+        """The detector with its weights, the thresholds and the library versions."""
         detector = dict(self.detector.identity())
         versions = {"t2i": __version__, **detector.pop("libraries")}
         return {"detector": detector, "options": asdict(self.options), "versions": versions}
 
     def judge(self, prompt_index: int, image: Image.Image, filename: str) -> Judged:
-        """The official verdict; for a failure also the masks of what was detected."""
+        """The verdict on an image; for a failure also the masks of the detections."""
         entry = self.entries[prompt_index]
         detections = self.detector.detect(image)
         verdict = judge_detected(image, entry, self.detector, detections, self.options)
@@ -77,7 +78,7 @@ class GenEval:
         return Judged(result_row(filename, entry, verdict), overlay)
 
     def scores(self, rows: Sequence[dict]) -> list[Score]:
-        """Overall and by task, then the rates over all images and prompts."""
+        """Overall, by task, and the rates of correct images and of correct prompts."""
         summary = summarize(rows)
         images, prompts = summary.total_images, summary.total_prompts
         found = summary.scores()
@@ -89,7 +90,7 @@ class GenEval:
         return found
 
     def card(self, row: dict) -> Card | None:
-        """A failure with its reasons, and boxes in the colours of `draw_masks`."""
+        """A card for a failure: its reasons, and boxes in the colors of `draw_masks`."""
         if row["correct"]:
             return None
         boxes = [
@@ -101,11 +102,10 @@ class GenEval:
 
 
 def load_prompts(name: str) -> list[dict]:
-    """The entries of "official" (553), "shapes" (the shapes world's own, 120), or of a metadata
-    file.
+    """The entries of "official" (553), of "shapes" (the shapes world's 120), or of a metadata file.
 
     Raises:
-        UserError: there is no such file, it cannot be read, or holds something else.
+        UserError: the file does not exist, cannot be read, or does not hold GenEval metadata.
     """
     if name == "official":
         return official_prompts()
@@ -124,13 +124,14 @@ def load_prompts(name: str) -> list[dict]:
 def draw_masks(
     size: tuple[int, int], detections: Mapping[str, Detections], verdict: Verdict
 ) -> Image.Image | None:
-    """The masks of the detections that the verdict rests on, one colour per class; the most
-    confident on top.
+    """Draw the masks of the detections that the verdict rests on, the most confident on top.
 
-    Masks are hatched, because a tint would change the colours that a verdict may be about.
+    Each class has its own color. Masks are hatched rather than filled, because a fill would change
+    the colors that the verdict may be about.
 
     Returns:
-        A palette image of `size` (width, height) with a transparent ground, or None without masks.
+        A palette image of `size` (width, height) with a transparent background; None if there are
+        no masks.
     """
     layers = [
         (detections[name].scores[i], 1 + tint % len(TINTS), masks[i])

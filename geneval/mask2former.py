@@ -1,20 +1,19 @@
-"""GenEval's detector: Mask2Former as mmdet 2.28's `inference_detector` runs and reads it.
+"""GenEval's detector: Mask2Former with the results of mmdet 2.28's `inference_detector`.
 
-The network is transformers' (weights: `geneval.mmdet_weights`), preprocessing and post-processing
+The network is transformers' (weights: `geneval.mmdet_weights`). Preprocessing and post-processing
 follow mmdet (`Mask2FormerHead`, `MaskFormerFusionHead.instance_postprocess`, `mask2bbox`), not
-transformers' processor, which resizes masks by nearest neighbour. Read in particular:
-- the 100 best (query, class) pairs count, so one query can give several classes;
-- a mask is enlarged twice: to the padded input, then, without the padding, to the image;
-- score = class probability x mean probability inside the mask. There is no suppression.
+transformers' processor, which resizes masks by nearest neighbor. In particular:
+- the 100 best (query, class) pairs are kept, so one query can be detected as several classes;
+- a mask is enlarged twice: to the padded input, then, with the padding cut off, to the image;
+- score = class probability x mean probability inside the mask; overlaps are not suppressed.
 
-Images get mmdet 2.28's test pipeline, in numpy: scaled so that the long side is at most 1333 and
-the short side at most 800 pixels, with OpenCV's bilinear resize (no antialiasing, integer
-arithmetic); padded right and below with grey to a multiple of 32; then normalised. The resize is
-bit-exact, because one grey level on a tenth of the pixels is enough to flip attention masks of the
-network.
+Images go through mmdet 2.28's test pipeline, here in numpy: they are scaled so that the long side
+is at most 1333 and the short side at most 800 pixels, with OpenCV's bilinear resize (no
+antialiasing, integer arithmetic); padded on the right and below with gray to a multiple of 32; then
+normalized. The resize is bit-exact, because one gray level on a tenth of the pixels is enough to
+flip the network's attention masks.
 
-Shapes: Q queries, K classes, D detections, H x W image, h x w padded input, C
-channels.
+Shapes: Q queries, K classes, D detections, H x W image, h x w padded input, C channels.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from t2i.errors import UserError
 from t2i.imaging import upright_rgb
 
 MAX_DETECTIONS = 100
-# Masks of this many queries are enlarged at once: a bound on memory, without effect on the result.
+# The number of masks enlarged at once. It limits memory and does not affect the result.
 _QUERIES_AT_ONCE = 10
 _FIXED_BITS = 11  # OpenCV's bilinear weights are multiples of 1 / 2048
 
@@ -45,7 +44,7 @@ _FIXED_BITS = 11  # OpenCV's bilinear weights are multiples of 1 / 2048
 class InputRules:
     """Constants of the test pipeline; the defaults are the released model's.
 
-    long_side, short_side: limits in pixels. mean, std: of RGB, 0..255.
+    long_side, short_side: limits in pixels. mean, std: per RGB channel, in 0..255.
     """
 
     long_side: int = 1333
@@ -67,17 +66,17 @@ class Mask2FormerDetector:
         rules: InputRules | None = None,
         device: torch.device | str = "cpu",
     ):
-        """classes: their names in the order of the model's labels.
+        """classes: class names in the order of the model's labels.
 
         Raises:
-            UserError: the model has another number of labels.
+            UserError: the model has a different number of labels.
         """
         if model.config.num_labels != len(classes):
             raise UserError(
-                f"the model tells {model.config.num_labels} classes apart, GenEval needs "
-                f"{len(classes)}: give a model for COCO's instances"
+                f"the model has {model.config.num_labels} classes, but GenEval needs "
+                f"{len(classes)}: give a model trained on COCO's instances"
             )
-        network: Any = model  # the library's decorator hides what `to` takes
+        network: Any = model  # transformers' decorator hides the signature of `to`
         self.model = network.to(device).eval()
         self.classes = tuple(classes)
         self.rules = rules or InputRules()
@@ -85,10 +84,10 @@ class Mask2FormerDetector:
 
     @torch.inference_mode()
     def detect(self, image: Image.Image) -> dict[str, Detections]:
-        """Class -> its detections with masks (boxes in the upright image), classes without any left
-        out.
+        """Class -> its detections with masks, for the classes that were found.
 
-        Most probable class first within a class; an empty mask has score 0 and box 0, 0, 0, 0.
+        Boxes are in the upright image. Within a class, detections are in descending order of class
+        probability. An empty mask has score 0 and box 0, 0, 0, 0.
         """
         upright = upright_rgb(image)
         pixels, unpadded = prepare(upright, self.rules)
@@ -131,10 +130,8 @@ def read_instances(
     """
     probability_QK = class_logits_QK.softmax(-1)[:, :-1]
     best = probability_QK.flatten().topk(min(MAX_DETECTIONS, probability_QK.numel()))
-    query_D, label_D = (
-        best.indices // probability_QK.shape[1],
-        best.indices % probability_QK.shape[1],
-    )
+    classes = probability_QK.shape[1]
+    query_D, label_D = best.indices // classes, best.indices % classes
     used, place_D = query_D.unique(return_inverse=True)
     quality, boxes, masks = [], [], []
     for part in used.split(_QUERIES_AT_ONCE):
@@ -155,14 +152,14 @@ def _enlarge(
     unpadded: tuple[int, int],
     original: tuple[int, int],
 ) -> Tensor:
-    """Mask logits at stride 4 -> [n, H, W] of the original image."""
+    """Mask logits at stride 4, [n, h / 4, w / 4], enlarged to the original image, [n, H, W]."""
     whole = F.interpolate(logits_nhw[None], size=padded, mode="bilinear", align_corners=False)
     seen = whole[..., : unpadded[0], : unpadded[1]]
     return F.interpolate(seen, size=original, mode="bilinear", align_corners=False)[0]
 
 
 def mask_boxes(masks_nHW: Tensor) -> Tensor:
-    """(x0, y0, x1, y1) float32 [n, 4]; x1 and y1 one past the mask; zeros for an empty mask."""
+    """(x0, y0, x1, y1), float32 [n, 4]; x1, y1 are one past the mask; an empty mask gives zeros."""
     boxes_n4 = torch.zeros(len(masks_nHW), 4, dtype=torch.float32, device=masks_nHW.device)
     for box, mask in zip(boxes_n4, masks_nHW, strict=True):
         columns, rows = mask.any(0).nonzero(), mask.any(1).nonzero()
@@ -174,11 +171,8 @@ def mask_boxes(masks_nHW: Tensor) -> Tensor:
 
 # -- images ----------------------------------------------------------------------------------------
 def scaled_size(width: int, height: int, rules: InputRules) -> tuple[int, int]:
-    """Width and height after the resize, aspect kept, rounded half up."""
-    scale = min(
-        rules.long_side / max(width, height),
-        rules.short_side / min(width, height),
-    )
+    """Width and height after the resize, which keeps the aspect ratio; halves are rounded up."""
+    scale = min(rules.long_side / max(width, height), rules.short_side / min(width, height))
     return int(width * scale + 0.5), int(height * scale + 0.5)
 
 
@@ -195,18 +189,18 @@ def prepare(image: Image.Image, rules: InputRules) -> tuple[np.ndarray, tuple[in
 
 
 def normalise(pixels: np.ndarray, rules: InputRules) -> torch.Tensor:
-    """uint8 [h, w, 3] -> float32 [1, 3, h, w]."""
-    scaled = (pixels.astype(np.float32) - np.array(rules.mean, np.float32)) / np.array(
-        rules.std, np.float32
-    )
+    """Normalized pixels, float32 [1, 3, h, w], from uint8 [h, w, 3]."""
+    mean, std = np.array(rules.mean, np.float32), np.array(rules.std, np.float32)
+    scaled = (pixels.astype(np.float32) - mean) / std
     return torch.from_numpy(scaled).permute(2, 0, 1)[None].contiguous()
 
 
 def resize_bilinear(pixels_HWC: np.ndarray, width: int, height: int) -> np.ndarray:
     """OpenCV's `resize(..., INTER_LINEAR)` of a uint8 image, bit for bit; uint8 [h, w, C].
 
-    Columns first, with 11-bit weights and exact sums; then rows, where OpenCV drops 4 bits before
-    and 16 bits after the product. Beyond the border the outermost pixel counts.
+    Interpolates horizontally, with 11-bit weights and exact sums, then vertically, where OpenCV
+    drops 4 bits before and 16 bits after the product. Beyond the border, the outermost pixel
+    repeats.
     """
     in_height, in_width = pixels_HWC.shape[:2]
     if (width, height) == (in_width, in_height):
@@ -225,7 +219,7 @@ def resize_bilinear(pixels_HWC: np.ndarray, width: int, height: int) -> np.ndarr
 def _taps(
     size_in: int, size_out: int, *, clamp_weights: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The two source indices and integer weights of every output pixel along one axis."""
+    """The two source indices and their integer weights for every output pixel along one axis."""
     centers = (np.arange(size_out, dtype=np.float64) + 0.5) * (size_in / size_out) - 0.5
     centers = centers.astype(np.float32)
     first = np.floor(centers).astype(np.int64)

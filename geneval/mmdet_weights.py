@@ -1,9 +1,10 @@
-"""Loading Mask2Former into transformers, strictly: from mmdet's checkpoint, or the hub's folder.
+"""Load Mask2Former into transformers, strictly, from mmdet's checkpoint or the hub's folder.
 
-Both key styles of the one published training run are read (mmdet 2.x and 3.x), and given the names
-of the hub's checkpoints, which transformers reads and writes whatever its modules are called
-inside. One thing would load silently and be wrong, patch merging: mmdet joins four pixels in the
-channel order of `nn.Unfold`, the original Swin and transformers pixel by pixel.
+The published weights exist with two styles of key names (mmdet 2.x and 3.x). Both are converted to
+the names in the hub's checkpoints, which every version of transformers reads and writes. The
+weights of patch merging must also be reordered, or they would load silently and be wrong: mmdet
+joins four pixels in the channel order of `nn.Unfold`, the original Swin and transformers pixel by
+pixel.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from transformers.utils import logging
 from t2i.errors import UserError
 from t2i.weights import check_loading, read_state_dict, shorten_keys
 
-# In transformers' model or in a file, not always in both: a loss weight, a final norm without a
-# part in the outputs, and a table of constants that older versions kept as a buffer.
+# Keys that may be missing from the model or from the file: a loss weight, a final norm that the
+# outputs do not use, and a table of constants that older versions kept as a buffer.
 WITHOUT_EFFECT = re.compile(
     r"criterion\.empty_weight"
     r"|model\.pixel_level_module\.encoder\.(swin\.)?layernorm\.(weight|bias)"
@@ -33,7 +34,11 @@ WITHOUT_EFFECT = re.compile(
 
 
 def released_config() -> Mask2FormerConfig:
-    """The released Swin-S model's; the decoder's layers count the one before the first, too."""
+    """The released Swin-S model's configuration.
+
+    `decoder_layers` is one more than the number of layers: it also counts the prediction made
+    before the first layer.
+    """
     swin: dict[str, Any] = {
         "embed_dim": 96,
         "depths": [2, 2, 18, 2],
@@ -48,27 +53,27 @@ def released_config() -> Mask2FormerConfig:
 def load_mmdet(
     path: Path, config: Mask2FormerConfig | None = None
 ) -> Mask2FormerForUniversalSegmentation:
-    """The model of an mmdet checkpoint (2.x or 3.x names), float32 on the CPU, in eval mode.
+    """The model in an mmdet checkpoint (2.x or 3.x names), float32 on the CPU, in eval mode.
 
     Raises:
-        UserError: the file cannot be read, or a key is missing, unexpected or mis-shaped.
+        UserError: the file cannot be read, or a weight is missing, unexpected or mis-shaped.
     """
     weights = convert_keys(_read(path), path)
     return _loaded(path, None, config=config or released_config(), state_dict=weights)
 
 
 def load_hub_folder(folder: Path) -> Mask2FormerForUniversalSegmentation:
-    """The model of a folder that transformers wrote, float32 on the CPU, in eval mode.
+    """The model in a folder that transformers wrote, float32 on the CPU, in eval mode.
 
     Raises:
-        UserError: it cannot be read, or a weight is missing, unexpected or mis-shaped.
+        UserError: the folder cannot be read, or a weight is missing, unexpected or mis-shaped.
     """
     try:
         return _loaded(folder, folder, local_files_only=True)
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{folder} is no readable folder of a transformers model: {reason}"
+            f"{folder} is not a readable folder of a transformers model: {reason}"
         ) from error
 
 
@@ -80,17 +85,17 @@ def _loaded(
             folder,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that all of them are listed below, and refused
+            ignore_mismatched_sizes=True,  # check_loading refuses them, all in one message
             **options,
         )
     model, info = loaded
-    said = f"{source} does not fit Mask2Former with this Swin backbone (names as in transformers)"
-    check_loading(info, said, WITHOUT_EFFECT.fullmatch)
+    title = f"{source} does not fit Mask2Former with this Swin backbone (names as in transformers)"
+    check_loading(info, title, WITHOUT_EFFECT.fullmatch)
     return model.eval()
 
 
 class _Ignored:
-    """Stands for a class of the training framework that a checkpoint's metadata may name."""
+    """Replaces any class of the training framework that a checkpoint's metadata refers to."""
 
     def __init__(self, *args: object) -> None:
         pass
@@ -100,10 +105,10 @@ class _Ignored:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The file's tensors; foreign objects in its metadata are dropped, none of their code runs."""
+    """The file's tensors. Other objects in it are dropped, without running any of their code."""
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a zip of torch's: the reader below says what is wrong
+    except Exception:  # not a PyTorch zip file: `read_state_dict` reports what is wrong
         foreign = []
     with torch.serialization.safe_globals([(_Ignored, name) for name in foreign]):
         return read_state_dict(path)
@@ -111,7 +116,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' report of the unused weights, which `_loaded` knows about."""
+    """Silence transformers' report of misfitting weights; `_loaded` checks them itself."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -121,8 +126,8 @@ def _quiet() -> Iterator[None]:
 
 
 # -- names and layouts -----------------------------------------------------------------------------
-# mmdet's name = the hub's, from the left; what follows on the left is kept. "#" is a number, a
-# name in braces takes an equal share of the tensor's rows. Where the styles differ, 2.x is first.
+# mmdet's prefix = the hub's prefix; the rest of a key is kept. "#" stands for a number. Names in
+# braces each get an equal share of the tensor's rows. Where the styles differ, 2.x is first.
 _NAMES = """
 backbone.patch_embed.projection. = BACKBONE.embeddings.patch_embeddings.projection.
 backbone.patch_embed.norm. = BACKBONE.embeddings.norm.
@@ -186,11 +191,11 @@ _PATCH_MERGING = ".downsample."
 
 
 def convert_keys(state_dict: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """An mmdet state dict (2.x or 3.x names) under the hub's names.
+    """Convert an mmdet state dict (2.x or 3.x names) to the hub's names and layouts.
 
     Raises:
-        UserError: names the keys that no Mask2Former with a Swin backbone has, or that say the
-            same thing twice.
+        UserError: some keys do not belong to a Mask2Former with a Swin backbone, or several hold
+            the same weight; the message lists them.
     """
     converted: dict[str, Tensor] = {}
     problems = []
@@ -213,7 +218,7 @@ def convert_keys(state_dict: dict[str, Tensor], source: str | Path) -> dict[str,
 
 
 def _rules() -> Iterator[tuple[str, list[str]]]:
-    """mmdet's name, and the hub's."""
+    """The entries of `_NAMES`: mmdet's prefix, and the hub's prefixes."""
     for line in _NAMES.strip().splitlines():
         old, new = line.split(" = ")
         for module, name in _MODULES.items():
@@ -227,7 +232,7 @@ _RULES = tuple(_rules())
 
 
 def _hub_names(key: str) -> list[str]:
-    """Where an mmdet key's tensor goes: one name, three for joined projections, none if unknown."""
+    """The hub's names for an mmdet key: one, three for joined projections, none if unknown."""
     for old, names in _RULES:
         if found := [name for new in names if (name := _renamed(key, old, new))]:
             return found
@@ -235,11 +240,12 @@ def _hub_names(key: str) -> list[str]:
 
 
 def mmdet_name(key: str) -> str:
-    """The 2.x name of the tensor in which the tensor of this hub key is."""
+    """The 2.x name of the mmdet tensor that contains this hub key's tensor."""
     return next(name for old, names in _RULES for new in names if (name := _renamed(key, new, old)))
 
 
 def _renamed(key: str, old: str, new: str) -> str | None:
+    """The key with prefix `old` replaced by `new`; None if it has another prefix."""
     match = re.match(re.escape(old).replace(r"\#", r"(\d+)"), key)
     if match is None:
         return None
@@ -249,7 +255,7 @@ def _renamed(key: str, old: str, new: str) -> str | None:
 
 
 def _merge_pixel_by_pixel(tensor: Tensor) -> Tensor:
-    """Patch merging's last axis, 4C, from mmdet's order (channel, row, column) to Swin's.
+    """Reorder patch merging's last axis, 4C, from mmdet's (channel, row, column) to Swin's.
 
     Swin joins the pixels (0, 0), (1, 0), (0, 1), (1, 1) (row, column), each with all C channels.
     """

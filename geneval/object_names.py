@@ -1,8 +1,8 @@
-"""GenEval's 80 objects, in the order of COCO's classes and so of a COCO detector's outputs.
+"""GenEval's 80 object names, in the order of COCO's classes, as a COCO detector outputs them.
 
 From `prompts/object_names.txt` of djghosh13/geneval (MIT, (c) 2023 Dhruba Ghosh). Three differ from
-COCO's own names ("computer mouse", "tv remote", "computer keyboard"); prompts, metadata and the
-texts for CLIP use these, so a detector's outputs are named by position, never by its own labels.
+COCO's names ("computer mouse", "tv remote", "computer keyboard"). Prompts, metadata and the texts
+for CLIP use GenEval's names, so a detector's outputs are named by position, not by its own labels.
 """
 
 OBJECT_NAMES = (

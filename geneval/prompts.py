@@ -1,10 +1,10 @@
-"""GenEval's grammar, and its 553 prompts, drawn again instead of copied.
+"""GenEval's grammar and its 553 prompts, which are generated here instead of copied.
 
-Facts from `prompts/create_prompts.py` of djghosh13/geneval (MIT, (c) 2023 Dhruba Ghosh); the
-SHA-256 of both official files proves the result (tests/test_geneval_prompts.py). One stream of
-random numbers, `numpy.random.default_rng(43)`, runs through the six tasks in the order of `TAGS`.
-Duplicates are dropped at the end, with the numbers that they drew, which is why 99, 80 and 94
-prompts remain of 100 in three tasks. An entry's place in the list is its folder's number.
+Reference: `prompts/create_prompts.py` of djghosh13/geneval (MIT, (c) 2023 Dhruba Ghosh). The tests
+compare the result with the SHA-256 of both official files (tests/test_geneval_prompts.py). The six
+tasks, in the order of `TAGS`, draw from one stream, `numpy.random.default_rng(43)`. Duplicates are
+dropped at the end and not redrawn, so three tasks have 99, 80 and 94 prompts instead of 100. An
+entry's index in the list is the number of its folder.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from geneval.rules import COLORS, RELATIONS
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}
-"""How many objects a counting prompt may ask for."""
+"""The numbers of objects that a counting prompt may ask for."""
 OFFICIAL_SEED = 43
 OFFICIAL_PER_TASK = 100
-# A person is asked for in every task but the two with colours; it is the first of the names.
+# The two tasks with colors leave out the first of the names, "person".
 _NEVER_COLORED = 1
 assert OBJECT_NAMES[0] == "person"
 
 
 # -- the grammar -----------------------------------------------------------------------------------
 def with_article(noun: str) -> str:
-    """`noun` with "a" or "an", by its first letter."""
+    """`noun` with "a" or "an", depending on its first letter."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
@@ -40,13 +40,13 @@ def plural(noun: str) -> str:
 
 
 def wanted(name: str, count: int = 1, color: str | None = None) -> dict:
-    """An item of an entry's `include` or `exclude`."""
+    """An item for an entry's `include` or `exclude`."""
     item: dict = {"class": name, "count": count}
     return item if color is None else item | {"color": color}
 
 
 def entry_of(tag: str, include: list[dict], phrase: str, exclude: list[dict] | None = None) -> dict:
-    """Metadata of "a photo of" what the phrase says, with GenEval's keys in GenEval's order."""
+    """Metadata of "a photo of {phrase}", with GenEval's keys in GenEval's order."""
     excluded = {} if exclude is None else {"exclude": exclude}
     return {"tag": tag, "include": include, **excluded, "prompt": f"a photo of {phrase}"}
 
@@ -63,7 +63,7 @@ def two_object(first: str, second: str) -> dict:
 
 
 def counting(name: str, count: int) -> dict:
-    """Metadata of "a photo of three dogs"; exactly three, by `exclude`."""
+    """Metadata of "a photo of three dogs"; `exclude` rules out a fourth."""
     phrase = f"{NUMBER_WORDS[count]} {plural(name)}"
     return entry_of("counting", [wanted(name, count)], phrase, exclude=[wanted(name, count + 1)])
 
@@ -89,7 +89,7 @@ def color_attr(first: str, first_color: str, second: str, second_color: str) -> 
 
 # -- the official prompts --------------------------------------------------------------------------
 def official_prompts() -> list[dict]:
-    """The 553 entries of `evaluation_metadata.jsonl`, in its order (the caller's own copy)."""
+    """The 553 entries of `evaluation_metadata.jsonl`, in its order; a new copy for each call."""
     return [json.loads(line) for line in _official_lines()]
 
 
@@ -99,9 +99,9 @@ def _official_lines() -> tuple[str, ...]:
 
 
 def draw_prompts(seed: int, per_task: int) -> list[dict]:
-    """Metadata as the official generator draws it for any seed, without duplicates.
+    """Metadata as the official generator draws it for this seed, without duplicates.
 
-    All 80 single objects, then `per_task` prompts of each other task. Entries have the keys tag,
+    All 80 single objects, then `per_task` prompts for each other task. Entries have the keys tag,
     include, exclude (counting only) and prompt.
     """
     rng = np.random.default_rng(seed)
@@ -120,12 +120,12 @@ def draw_prompts(seed: int, per_task: int) -> list[dict]:
 
 
 def metadata_line(entry: dict) -> str:
-    """One line of `evaluation_metadata.jsonl` or a folder's `metadata.jsonl`, less the newline."""
+    """The entry as a line of `evaluation_metadata.jsonl` or `metadata.jsonl`, without newline."""
     return json.dumps(entry)
 
 
 def _objects(rng: np.random.Generator, count: int, first: int = 0) -> list[str]:
-    """`count` different names, none of the first `first`."""
+    """`count` different object names, leaving out the first `first` of `OBJECT_NAMES`."""
     chosen = rng.choice(len(OBJECT_NAMES) - first, size=count, replace=False)
     return [OBJECT_NAMES[first + index] for index in chosen]
 

@@ -1,11 +1,11 @@
-"""GenEval's rules: from detections to a verdict, equal to the official one to the letter.
+"""GenEval's rules: turn detections into a verdict, identical to the official one.
 
 Reference: `evaluation/evaluate_images.py` of djghosh13/geneval at af4902f (arXiv 2310.11513).
 Easy to get wrong, and tested against golden verdicts:
-- scores are compared in float32, strictly above the threshold; "counting" has its own threshold;
-- equal scores: the later detection comes first;
+- a score, in float32, must be strictly above the threshold; "counting" has its own threshold;
+- of detections with equal scores, the later one comes first;
 - only the `count` most confident objects of a class are checked for color and position;
-- a position is judged only for objects whose count and colour were right.
+- a position is judged only if the object's count and color were right.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ class RuleOptions:
 
 @dataclass(frozen=True)
 class Verdict:
-    """correct; the reason (one line per failure, empty when correct); what was detected.
+    """Whether an image is correct, why not, and the detections that the verdict rests on.
 
+    reason: one line per failure; empty if correct.
     details: class -> [[x0, y0, x1, y1, score], ...], most confident first.
-    kept: class -> the indices of these in the class's detections.
+    kept: class -> the indices of these boxes among the class's detections.
     """
 
     correct: bool
@@ -65,17 +66,17 @@ def decide(
     colors_of: ColorsOf,
     options: RuleOptions | None = None,
 ) -> Verdict:
-    """The verdict on one image, against one GenEval prompt.
+    """The verdict on one image for one GenEval prompt.
 
     metadata: the prompt's entry (tag, include, exclude). detections: class -> `Detections`.
-    colors_of(class name, indices into that class's detections) -> one colour name each; it is
-    called only for objects whose colour the prompt names.
+    colors_of(class name, indices into that class's detections) -> one color name for each index;
+    it is called only for objects whose color the prompt names.
     """
     options = options or RuleOptions()
     threshold = options.counting_threshold if metadata["tag"] == "counting" else options.threshold
     kept = {name: _select(found, threshold, options) for name, found in detections.items()}
     reasons: list[str] = []
-    matched: list[np.ndarray | None] = []  # boxes [count, 4] of each include, None where it failed
+    matched: list[np.ndarray | None] = []  # boxes [count, 4] per include; None if failed
     for wanted in metadata.get("include", []):
         name = wanted["class"]
         chosen = kept.get(name, [])[: wanted["count"]]
@@ -84,7 +85,8 @@ def decide(
         if failure is None and "position" in wanted:
             failure = _position_failure(wanted, boxes, matched, options.position_threshold)
         matched.append(boxes if failure is None else None)
-        reasons += [] if failure is None else [failure]
+        if failure is not None:
+            reasons.append(failure)
     for banned in metadata.get("exclude", []):
         found = len(kept.get(banned["class"], []))
         if found >= banned["count"]:
@@ -101,28 +103,25 @@ def decide(
 def judge_image(
     image: Image.Image, metadata: Mapping, detector: Detector, options: RuleOptions | None = None
 ) -> Verdict:
-    """Detect, then judge. Raises UserError for a class or colour that the detector cannot name."""
+    """Detect, then judge. UserError if the detector does not know a class or color asked for."""
     check_vocabulary(metadata, detector)
     return judge_detected(image, metadata, detector, detector.detect(image), options)
 
 
 def check_schema(entry: object, where: str) -> Mapping:
-    """The entry, if it is GenEval metadata: with a tag, a prompt and something asked for that can
-    be judged; else a UserError says where it stands.
-    """
+    """The entry, if it is valid GenEval metadata; otherwise UserError, which names `where`."""
     if isinstance(entry, Mapping) and "prompt" in entry and isinstance(entry.get("tag"), str):
         asked = [entry[name] for name in ("include", "exclude") if name in entry]
-        items = [
-            (place, item)
-            for part in asked
-            for place, item in enumerate(part if isinstance(part, Sequence) else "?")
-        ]
-        if items and all(_can_be_judged(item, place) for place, item in items):
+        if (
+            all(isinstance(part, Sequence) for part in asked)
+            and any(asked)
+            and all(_can_be_judged(item, i) for part in asked for i, item in enumerate(part))
+        ):
             return entry
     raise UserError(
-        f"{where} is {entry!r:.200}, which is not GenEval metadata: that has a tag, a prompt and "
-        'include (or exclude), a list of objects such as {"class": "bus", "count": 1}, some with a '
-        '"color", or with a "position" to an object before them, as ["left of", 0]'
+        f"{where} is {entry!r:.200}, which is not GenEval metadata: give a tag, a prompt and "
+        'include (or exclude), a list of objects such as {"class": "bus", "count": 1}, optionally '
+        'with a "color", or with a "position" relative to an earlier object, as in ["left of", 0]'
     )
 
 
@@ -140,22 +139,22 @@ def _can_be_judged(item: object, place: int) -> bool:
 
 
 def check_vocabulary(metadata: Mapping, detector: Detector) -> None:
-    """UserError for a class or colour that the detector cannot name, or what is no detector."""
+    """UserError if a class or color is unknown to the detector, or `detector` is not a detector."""
     if isinstance(detector, str | type) or not hasattr(detector, "detect"):
         raise UserError(
-            f"detector is {detector!r:.80}: give one of "
-            'geneval.detectors.load_detector("shapes" or "mask2former")'
+            f"detector is {detector!r:.80}: give a loaded detector, such as "
+            'geneval.detectors.load_detector("shapes"), or with "mask2former"'
         )
     for item in [*metadata.get("include", []), *metadata.get("exclude", [])]:
         if item["class"] not in detector.classes:
             raise UserError(
-                f"the detector does not know {item['class']!r} of {metadata['prompt']!r}; "
+                f"the detector does not know {item['class']!r} in {metadata['prompt']!r}; "
                 f"it knows {', '.join(detector.classes)}"
             )
         if "color" in item and item["color"] not in detector.colors:
             raise UserError(
-                f"the detector does not name {item['color']!r} of {metadata['prompt']!r}; "
-                f"it names {', '.join(detector.colors)}"
+                f"the detector does not know {item['color']!r} in {metadata['prompt']!r}; "
+                f"it knows {', '.join(detector.colors)}"
             )
 
 
@@ -166,7 +165,7 @@ def judge_detected(
     detections: Mapping[str, Detections],
     options: RuleOptions | None = None,
 ) -> Verdict:
-    """Judge what the detector found in an image; it is asked again for colours only."""
+    """Judge detections of an image; `detector` is used only to name their colors."""
 
     def colors_of(name: str, indices: Sequence[int]) -> list[str]:
         return detector.classify_colors(image, name, detections[name].take(indices))
@@ -175,7 +174,7 @@ def judge_detected(
 
 
 def _select(found: Detections, threshold: float, options: RuleOptions) -> list[int]:
-    """Indices that pass the threshold, most confident first, after the cap and the suppression."""
+    """Indices of the detections kept by threshold, cap and suppression, most confident first."""
     # An ascending stable sort read backwards puts the last of equal scores first.
     order = np.argsort(found.scores, kind="stable")[::-1]
     above = found.scores[order] > np.float32(threshold)
@@ -213,7 +212,7 @@ def _color_failure(wanted: Mapping, chosen: Sequence[int], colors_of: ColorsOf) 
 def _position_failure(
     wanted: Mapping, boxes: np.ndarray, matched: Sequence[np.ndarray | None], margin: float
 ) -> str | None:
-    """The first (object, target) pair that is not in the wanted relation."""
+    """The failure of the first (object, target) pair that is not in the wanted relation."""
     relation, target = wanted["position"]
     if matched[target] is None:
         return f"no target for {wanted['class']} to be {relation}"
@@ -227,10 +226,10 @@ def _position_failure(
 
 
 def relative_position(box: np.ndarray, reference: np.ndarray, margin: float = 0.1) -> list[str]:
-    """How `box` stands to `reference` (both float32 [4]): none, one or two of the four relations.
+    """The relations of `box` to `reference` (both float32 [4]): none, one or two of the four.
 
-    The offset of the centres, less `margin` times the summed sizes in each direction, in units of
-    the full offset's length, must exceed 0.5.
+    In each direction, the offset of the centers is reduced by `margin` times the summed sizes and
+    divided by the length of the full offset; the relation holds if the result exceeds 0.5.
     """
     corners = np.stack([box, reference]).reshape(2, 2, 2)  # box, corner, (x, y)
     center, size = corners.mean(axis=1), np.abs(corners[:, 1] - corners[:, 0])
@@ -244,7 +243,7 @@ def relative_position(box: np.ndarray, reference: np.ndarray, margin: float = 0.
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union, with sides counted one pixel longer as the official judge does."""
+    """Intersection over union, with sides one pixel longer, as in the official judge."""
     low, high = np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])
     shared = np.prod(np.maximum(high - low + 1, 0))
     union = np.prod(a[2:] - a[:2] + 1) + np.prod(b[2:] - b[:2] + 1) - shared

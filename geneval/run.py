@@ -1,7 +1,7 @@
 """GenEval: draw a model's images and judge them, judge a folder of images, or compare two results.
 
 python geneval/run.py --ckpt runs/mine --out outputs/geneval/mine
-python geneval/run.py --ckpt shapes --out outputs/geneval/base         # the shipped base by itself
+python geneval/run.py --ckpt shapes --out outputs/geneval/base   # the shipped base, not fine-tuned
 python geneval/run.py --images any_models_images
 python geneval/run.py compare outputs/geneval/base outputs/geneval/mine
 torchrun --nproc_per_node 8 geneval/run.py --ckpt runs/mine
@@ -21,16 +21,24 @@ from t2i.evaluation.evaluation_options import BenchmarkOptions, CompareOptions, 
 
 @dataclass(frozen=True, kw_only=True)
 class GenEvalOptions(BenchmarkOptions):
-    """What to judge, and by whom."""
+    """What to judge, and with which detector."""
 
     prompts: str = "auto"
-    """official (553), shapes (120), a .jsonl file of GenEval metadata, or auto (by the model)."""
+    """official (553 prompts), shapes (120), a .jsonl file of GenEval metadata, or auto: shapes for
+    a shapes-world model, else official.
+    """
     detector: Literal["auto", "mask2former", "mask2former-hf", "shapes"] = "auto"
-    """mask2former (official), mask2former-hf (nearly), shapes (exact), or auto (by the prompts)."""
+    """mask2former (official), mask2former-hf (another training run, close to official), shapes
+    (exact, only for shapes-world images), or auto: shapes for the shapes prompts, else mask2former.
+    """
     detector_weights: Path | None = None
-    """File or folder with the detector's weights (default: the cache, else a download)."""
+    """The detector's weights, as a file or the folder that holds it; the cache or a download if not
+    given.
+    """
     detector_sha256: str | None = None
-    """First digits of the hash that these weights must have instead of the published one."""
+    """First digits (at least 8) of the SHA-256 that the mask2former file given as
+    --detector-weights must have instead of the published one; the result is marked as not official.
+    """
 
 
 def main() -> None:
@@ -53,8 +61,8 @@ def main() -> None:
 
     def build(processes) -> GenEval:
         weights, sha256 = options.detector_weights, options.detector_sha256
-        eyes = load_detector(detector, weights=weights, sha256=sha256, device=processes.device)
-        return GenEval(entries, eyes, prompts=prompts)
+        judge = load_detector(detector, weights=weights, sha256=sha256, device=processes.device)
+        return GenEval(entries, judge, prompts=prompts)
 
     runner.run(options, where, "geneval", entries, build)
 

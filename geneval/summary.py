@@ -1,9 +1,9 @@
-"""From GenEval verdicts to GenEval's numbers, with standard errors.
+"""GenEval's scores and their standard errors, computed from verdicts.
 
 Reference: `evaluation/summary_scores.py` of djghosh13/geneval. A task's score is the mean over its
 images; the overall score is the unweighted mean of the task scores, not the mean over images.
-A prompt is correct when any of its images is; images belong together when their `metadata` strings
-are equal.
+A prompt is correct if any of its images is; images with equal `metadata` strings belong to the same
+prompt.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from t2i.evaluation.results import Score, notebook_table
 
 @dataclass(frozen=True)
 class TagScore:
-    """One task: correct images of all images, and the bootstrap standard error of the mean.
+    """The score of one task (`mean`), with its bootstrap standard error and its counts.
 
-    stderr is None where a single prompt gives no idea of the spread.
+    correct, total: numbers of images. prompts: number of prompts. stderr: None if there is only one
+    prompt.
     """
 
     correct: int
@@ -35,7 +36,7 @@ class TagScore:
 
 @dataclass(frozen=True)
 class Summary:
-    """GenEval's numbers; `tags` in order of first appearance. Fractions are in 0..1."""
+    """GenEval's scores, in 0..1; `tags` (tasks) are in order of first appearance."""
 
     overall: float
     overall_stderr: float | None
@@ -46,7 +47,7 @@ class Summary:
     prompts_with_any_correct: int
 
     def scores(self) -> list[Score]:
-        """Overall, then by task."""
+        """The overall score, then one for each task."""
         images, prompts = self.total_images, self.total_prompts
         numbers = (self.overall, self.overall_stderr, images, prompts)
         tasks = [
@@ -56,7 +57,7 @@ class Summary:
         return [Score("overall", *numbers, headline=True), *tasks]
 
     def _repr_markdown_(self) -> str:
-        """How a notebook shows it."""
+        """In a notebook: a table of the scores."""
         return notebook_table(self.scores(), "GenEval", 3)
 
     @property
@@ -69,7 +70,7 @@ class Summary:
 
 
 def result_row(filename: str, metadata: Mapping, verdict: Verdict) -> dict:
-    """One line of the official results file: metadata and details are JSON strings in it."""
+    """A line of the official results file; its metadata and details are JSON strings."""
     return {
         "filename": filename,
         "tag": metadata["tag"],
@@ -91,22 +92,22 @@ def by_prompt(rows: Iterable[Mapping]) -> dict[str, dict[str, list[bool]]]:
 
 
 def summarize(rows: Iterable[Mapping], seed: int = 0) -> Summary:
-    """Summarise result rows (tag, correct, metadata are read; one row per image, any order).
+    """Summarize result rows: one per image, in any order, with tag, correct and metadata.
 
-    The standard errors come from redrawing prompts within each tag. They depend on `seed` and on
+    The standard errors come from resampling prompts within each tag. They depend on `seed` and on
     the set of rows, not on their order.
     """
     by_tag = by_prompt(rows)
     if not by_tag:
-        raise UserError("no verdicts to summarise: judge at least one image first")
+        raise UserError("no verdicts to summarize: judge at least one image first")
     tags: dict[str, TagScore] = {}
     for tag, prompts in by_tag.items():
         images = [prompts[key] for key in sorted(prompts)]
         found, _ = mean_over_prompts(images, tag, seed=seed)
         counts = (int(found.total), found.count, found.prompts)
         tags[tag] = TagScore(*counts, found.mean, found.stderr)
-    # Tags are redrawn independently: the variance of their mean is the sum of theirs over n^2
-    # (sorted, so that the sum's rounding does not depend on the order of the rows).
+    # Tags are resampled independently: the variance of their mean is the sum of their variances
+    # over n^2. Sorting makes the sum's rounding independent of the order of the rows.
     stderrs = sorted(score.stderr for score in tags.values() if score.stderr is not None)
     overall_stderr = math.hypot(*stderrs) / len(tags) if len(stderrs) == len(tags) else None
     return Summary(
@@ -121,7 +122,7 @@ def summarize(rows: Iterable[Mapping], seed: int = 0) -> Summary:
 
 
 def format_summary(summary: Summary) -> str:
-    """The text that the official script prints, character for character (no trailing newline)."""
+    """The text that the official script prints, character for character, without final newline."""
     lines = [
         "Summary",
         "=======",

@@ -115,7 +115,7 @@ def tiny_clip(quick_gelu=True):
 def test_quick_gelu_is_required():
     assert open_clip.get_model_config(colors.ARCHITECTURE)["quick_gelu"]
     require_quick_gelu(tiny_clip())
-    with pytest.raises(ValueError, match=r"needs QuickGELU, this model has GELU"):
+    with pytest.raises(ValueError, match=r"needs QuickGELU, but this model has GELU"):
         ColorClassifier(tiny_clip(quick_gelu=False), load_tokenizer())
     mixed = tiny_clip()
     mixed.visual.transformer.resblocks[1].mlp.gelu = torch.nn.GELU()

@@ -246,7 +246,7 @@ def test_exif_and_deep_images():
 
 
 def test_another_number_of_classes_is_refused():
-    with pytest.raises(ValueError, match="80 classes apart, GenEval needs 2"):
+    with pytest.raises(ValueError, match="the model has 80 classes, but GenEval needs 2"):
         Mask2FormerDetector(tiny_model(), classes=("dog", "cat"))
 
 

@@ -192,6 +192,6 @@ def test_metadata_that_cannot_be_judged(wanted):
         check_schema({"tag": "position", "prompt": "a", "include": include}, "prompt 0")
 
 
-def test_nothing_to_summarise():
+def test_nothing_to_summarize():
     with pytest.raises(ValueError, match="no verdicts"):
         summarize([])

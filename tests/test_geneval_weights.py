@@ -138,7 +138,7 @@ def test_the_hubs_checkpoint_is_an_approximation(tiny_models, tmp_path):
     identity = load_detector("mask2former-hf", weights=folder).identity()
     assert (identity["name"], identity["official"]) == ("mask2former-hf", False)
     assert identity["weights"]["model.safetensors"] == file_sha256(folder / "model.safetensors")
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(ValueError, match="not a folder"):
         load_detector("mask2former-hf", weights=golden.CHECKPOINT)
     with pytest.raises(ValueError, match=r"neither a local folder nor(.|\n)*--detector-weigh"):
         load_detector("mask2former-hf")
@@ -170,7 +170,7 @@ def test_damaged_folders_are_refused(tmp_path):
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="no readable folder"):
+    with pytest.raises(ValueError, match="not a readable folder"):
         load_hub_folder(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"num_queries": 7}
     (tmp_path / "config.json").write_text(json.dumps(config))
