@@ -72,7 +72,10 @@ class _Frame:
             for bound in (y - error, y + error)
         ]
         self.x0, self.x1 = _widened(min(xs), max(xs), share=0)
-        self.y0, self.y1 = _widened(min(ys), max(ys), share=0.06)
+        # Labels have room for five digits, in which closer levels would look the same.
+        least = 5e-4 * max(map(abs, ys))
+        middle, room = (min(ys) + max(ys)) / 2, least * (least > max(ys) - min(ys) > 0)
+        self.y0, self.y1 = _widened(min(*ys, middle - room), max(*ys, middle + room), share=0.06)
         if chart.from_zero:
             self.y0 = min(0.0, min(ys))
         self.whole_x = all(float(x).is_integer() for x in xs)

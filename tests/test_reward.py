@@ -409,7 +409,9 @@ def test_judges_in_separate_processes():
     assert panel.judge_all(*of) == alone and len(set(alone["geneval-soft"])) == 2
     with pytest.raises(RewardError, match="raised ConnectionError: no server on port 18085"):
         panel.judge("reward_functions:raises", *of)
-    with pytest.raises(RewardError, match=r"dies raised RuntimeError: a judging process .*exit code 9"):
+    with pytest.raises(
+        RewardError, match=r"dies raised RuntimeError: a judging process .*exit code 9"
+    ):
         panel.judge("reward_functions:dies", *of)
 
 

@@ -65,6 +65,15 @@ def test_one_point_and_equal_values_are_drawn(tmp_path):
         assert "nan" not in svg.read_text()
 
 
+def test_levels_of_nearly_equal_values_have_labels_of_their_own(tmp_path):
+    """All three used to be "1.03966", cut at the left."""
+    points = ((20.0, 1.0396640), (30.0, 1.0396588))
+    svg, _ = save_chart(Chart("t", "x", "y", (Series("a", points),)), tmp_path / "near")
+    words = [element.text for element in ElementTree.parse(svg).iter() if element.text]
+    levels = [word for word in words if word.startswith("1.0")]
+    assert len(levels) == len({*levels}) >= 2 and max(map(len, levels)) <= 6
+
+
 # -- what is drawn together ------------------------------------------------------------------------
 def test_metrics_are_grouped_by_their_names():
     charts = {chart.title: [s.name for s in chart.series] for chart in metric_charts(ROWS, CONTROL)}
