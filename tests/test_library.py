@@ -78,6 +78,8 @@ def test_an_unknown_argument_names_the_called_function(model):
         ((None, {1, 2}), {}, r"prompts must be a list, and is \{1, 2\}: generate\(model, \[207\]"),
         ((None, {"a dog": 1}), {}, "prompts must be a list"),
         ((None, None), {}, "prompts must be a list, and is None"),
+        ((None, torch.tensor(3)), {}, r"prompts must be a list, and is tensor\(3\)"),
+        ((None, np.ones((2, 1), int)), {}, "prompts must be a list, and is array"),
         ((None, [1]), {"batch_size": None}, "batch_size=None must be a whole number"),
         ((None, [1]), {"sampling": {"top_k": 3}}, "sampling is .*give a t2i.SamplingConfig"),
         ((None, [1]), {"seed": "3"}, "seed='3' must be a whole number"),
