@@ -202,7 +202,7 @@ def check_request(
     if unordered or not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) != 1:
         classes = model.backbone.spec.cond_kind == "class"
         kind = "[207]" if classes else '["a photo of a red circle"]'
-        raise UserError(f"prompts must be a list, and is {prompts!r:.80}: generate(model, {kind})")
+        raise UserError(f"prompts must be a list, but are {prompts!r:.80}: generate(model, {kind})")
     prompts = list(prompts)  # by place: a pandas column is keyed by its own labels
     if model.backbone.spec.cond_kind == "text":
         for place, prompt in enumerate(prompts):
