@@ -139,6 +139,8 @@ def test_sampling_settings_of_a_wrong_type_are_refused(setting):
 
 
 def test_numpy_numbers_in_settings_can_be_stored():
+    method = t2i.presets.tuned(k=np.int64(4), own_drafts=np.float32(0.5))
+    assert method == t2i.presets.tuned() and json.dumps(vars(method))
     config = t2i.SamplingConfig(
         cfg_scale=np.float32(2), top_k=[np.int64(3), 4], top_p=np.float64(1)
     )
