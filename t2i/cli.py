@@ -121,14 +121,18 @@ def _refuse_repeats(config: "DataclassInstance | type", given: Sequence[str]) ->
 
 def _warn_of_repeats(given: Sequence[str]) -> None:
     """Warn of options that are given twice with different values: the last one counts."""
-    values: dict[str, list[str]] = {}
-    for option, following in pairwise([*given, "--"]):
-        name, equals, own = option.partition("=")
-        if name.startswith("--") and (equals or not following.startswith("--")):
-            values.setdefault(name.replace("_", "-"), []).append(own if equals else following)
+    values: dict[str, list[list[str]]] = {}
+    current: list[str] = []
+    for word in given:
+        if word.startswith("--"):
+            name, equals, own = word.partition("=")
+            current = [own] if equals else []
+            values.setdefault(name.replace("_", "-"), []).append(current)
+        else:
+            current.append(word)
     for name, found in values.items():
-        if len({*found}) > 1:  # scripts override options so, but one of two data sets gets lost
-            log.warning("%s is given %d times: %s counts", name, len(found), found[-1])
+        if any(found) and found.count(found[0]) < len(found):  # scripts override options so
+            log.warning("%s is given %d times: %s counts", name, len(found), " ".join(found[-1]))
 
 
 def _refuse_dashes(given: Sequence[str]) -> None:

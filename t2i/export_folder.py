@@ -230,8 +230,12 @@ def _refuse_other_model(results: dict, path: Path, config: dict) -> None:
     about = drawn.get("about") if isinstance(drawn, dict) else None
     if not isinstance(about, dict) or not about:
         return  # images of another program: only the user knows what drew them
-    own = {"step": config["training"].get("step"), "method": config["method"]}
-    if {name: about.get(name) for name in own} != own:
+    step, method = about.get("step"), about.get("method")
+    # Other versions of the kit have other settings: only those that both know can differ.
+    same = isinstance(method, dict) and all(
+        method.get(name, value) == value for name, value in config["method"].items()
+    )
+    if not same or step != config["training"].get("step"):
         who = about.get("checkpoint") or "a base by itself"
         raise UserError(
             f"{path} holds scores of {who}, which is not what is exported here; "

@@ -2,9 +2,11 @@
 
 import ast
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass, replace
 from itertools import pairwise
+from numbers import Integral, Real
 from pathlib import Path
 from textwrap import dedent
 from types import NoneType, UnionType
@@ -75,7 +77,10 @@ def check_types(settings: "DataclassInstance") -> None:
     What a file or a command line gives is checked on its way; this is for what Python code gives.
     """
     for name, hint in get_type_hints(type(settings)).items():
-        object.__setattr__(settings, name, _converted(getattr(settings, name), hint, name))
+        value = getattr(settings, name)
+        if isinstance(value, Real) and not isinstance(value, int | float):  # of numpy
+            value = operator.index(value) if isinstance(value, Integral) else float(value)
+        object.__setattr__(settings, name, _converted(value, hint, name))
 
 
 def _converted(value: object, hint: object, where: str) -> object:

@@ -196,12 +196,13 @@ def check_request(
         raise UserError("the model is in training mode, with dropout: call model.eval() first")
     if not isinstance(model.sampling, SamplingConfig):
         raise UserError(f"model.sampling is {model.sampling!r:.80}: set a t2i.SamplingConfig")
-    # A set and a dict have no order or numbers that images could be keyed by.
+    # A set and a dict have no order or numbers that images could be keyed by, and a table of pandas
+    # would give the names of its columns.
     unordered = isinstance(prompts, str | bytes | Set | Mapping)
-    if unordered or not isinstance(prompts, Iterable):
+    if unordered or not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) != 1:
         classes = model.backbone.spec.cond_kind == "class"
         kind = "[207]" if classes else '["a photo of a red circle"]'
-        raise UserError(f"prompts must be a list, and is {prompts!r:.80}: generate(model, {kind})")
+        raise UserError(f"prompts must be a list, but are {prompts!r:.80}: generate(model, {kind})")
     prompts = list(prompts)  # by place: a pandas column is keyed by its own labels
     if model.backbone.spec.cond_kind == "text":
         for place, prompt in enumerate(prompts):

@@ -110,7 +110,7 @@ def settle_group() -> None:
         told = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
         raise UserError(
             f"the environment describes no process of a group: {told}. Start with torchrun "
-            "--nproc_per_node N, or unset RANK to train in one process"
+            "--nproc_per_node N, or unset RANK to run in one process"
         )
 
 

@@ -364,5 +364,6 @@ def refuse_gone(source: BackboneSource, folder: Path, *, weights: bool) -> None:
         raise UserError(
             f"{folder} was trained with files that are gone: {'; '.join(gone)}. "
             "--base.weights FOLDER (base=) finds all that moved into one folder. In training these "
-            "options begin with --backbone; a new run starts from an export that was made so"
+            "options begin with --backbone; to start a new run from it, export it with --base first "
+            "and start from the export"
         )

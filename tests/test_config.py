@@ -53,6 +53,11 @@ def test_of_two_values_the_last_counts_and_that_is_said(monkeypatch, caplog):
     monkeypatch.setattr(sys, "argv", ["train", "shapes-control", *text.split()])
     assert cli.parse_recipe(RECIPES, "").data.source == "b"
     assert caplog.messages == ["--data.source is given 2 times: b counts"]
+    caplog.clear()
+    text = "--optim.betas 0.9 0.95 --check --check --optim.betas 0.9 0.99 --steps=3 --steps 3"
+    monkeypatch.setattr(sys, "argv", ["train", "shapes-control", *text.split()])
+    assert cli.parse_recipe(RECIPES, "").optim.betas == (0.9, 0.99)
+    assert caplog.messages == ["--optim.betas is given 2 times: 0.9 0.99 counts"]
 
 
 def dataclasses_within(kind: type) -> set[type]:

@@ -230,3 +230,35 @@ def test_data_that_change_while_they_are_encoded_are_not_kept(tmp_path, monkeypa
     shutil.rmtree(data)
     shutil.copytree(copy, data)
     assert len(CodeStore(build(open_source(data), cache))) == 3
+
+
+def test_a_check_for_changes_reads_no_unchanged_file_and_a_finished_store_needs_none(
+    tmp_path, monkeypatch
+):
+    """A million files: no second reading after encoding, and no second look at them later."""
+    source, cache = open_source(make("sidecar", tmp_path / "data")), tmp_path / "cache"
+    monkeypatch.setattr(content, "_WORTH_AN_INDEX", 0)
+    monkeypatch.setattr(published, "_SETTLED", -(10**18))
+    read, seen, hash_one, status = [], [], content._hash, content.file_status
+    monkeypatch.setattr(content, "_hash", lambda path: read.append(path) or hash_one(path))
+    monkeypatch.setattr(content, "file_status", lambda path: seen.append(path) or status(path))
+    build(source, cache)
+    assert len(read) == len(source.files()) and len(seen) == 2 * len(read)
+    build(source, cache)
+    assert len(seen) == 3 * len(read), "only the hashes of the key"
+
+
+def test_a_store_that_another_run_finished_with_changed_data_is_discarded_whole(tmp_path):
+    """Without its shards, a manifest that another run wrote would stop every later run."""
+    data = make("sidecar", tmp_path / "data")
+
+    def finish_and_change(pixels):
+        (folder,) = (path.parent for path in (tmp_path / "cache").glob("*/source.json"))
+        (folder / "manifest.json").write_text("{}")
+        (data / "0.txt").write_text("another caption")
+        return encode_images(pixels)
+
+    with pytest.raises(UserError, match=r"changed while it was encoded \(1 file was edited"):
+        build(open_source(data), tmp_path / "cache", images=finish_and_change)
+    left = {path.suffix for path in (tmp_path / "cache").glob("*/*")}
+    assert left == {".json", ".jsonl"} and not [*tmp_path.glob("cache/*/manifest.json")]

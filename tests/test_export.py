@@ -236,6 +236,8 @@ def test_a_card_names_the_judge_and_takes_no_other_models_scores(tmp_path):
     (row,) = rows(generation={"about": about})
     assert row.startswith("| GenEval, shapes prompts | overall | 0.500")
     assert rows(generation=None) == rows() == [row], "images of another program"
+    for method in ({"k": 4, "stride": 1}, {}):
+        assert rows(generation={"about": about | {"method": method}}) == [row], "another version"
     for other, who in (
         (about | {"step": 9}, "runs/a/checkpoints"),
         (about | {"method": {"k": 1}}, "runs/a/checkpoints"),

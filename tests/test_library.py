@@ -73,11 +73,13 @@ def test_an_unknown_argument_names_the_called_function(model):
     ("arguments", "options", "message"),
     [
         (("runs/mine", [1]), {}, "generate needs a model, but got 'runs/mine'"),
-        ((None, 3), {}, "prompts must be a list, and is 3: generate"),
-        ((None, "a dog"), {}, "prompts must be a list, and is 'a dog': generate"),
-        ((None, {1, 2}), {}, r"prompts must be a list, and is \{1, 2\}: generate\(model, \[207\]"),
+        ((None, 3), {}, "prompts must be a list, but are 3: generate"),
+        ((None, "a dog"), {}, "prompts must be a list, but are 'a dog': generate"),
+        ((None, {1, 2}), {}, r"prompts must be a list, but are \{1, 2\}: generate\(model, \[207\]"),
         ((None, {"a dog": 1}), {}, "prompts must be a list"),
-        ((None, None), {}, "prompts must be a list, and is None"),
+        ((None, None), {}, "prompts must be a list, but are None"),
+        ((None, torch.tensor(3)), {}, r"prompts must be a list, but are tensor\(3\)"),
+        ((None, np.ones((2, 1), int)), {}, "prompts must be a list, but are array"),
         ((None, [1]), {"batch_size": None}, "batch_size=None must be a whole number"),
         ((None, [1]), {"sampling": {"top_k": 3}}, "sampling is .*give a t2i.SamplingConfig"),
         ((None, [1]), {"seed": "3"}, "seed='3' must be a whole number"),
@@ -137,6 +139,8 @@ def test_sampling_settings_of_a_wrong_type_are_refused(setting):
 
 
 def test_numpy_numbers_in_settings_can_be_stored():
+    method = t2i.presets.tuned(k=np.int64(4), own_drafts=np.float32(0.5))
+    assert method == t2i.presets.tuned() and json.dumps(vars(method))
     config = t2i.SamplingConfig(
         cfg_scale=np.float32(2), top_k=[np.int64(3), 4], top_p=np.float64(1)
     )

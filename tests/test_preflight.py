@@ -368,5 +368,17 @@ def test_offloading_that_would_not_happen(name, stage, tmp_path):
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"zero_optimization": {name: {"device": "cpu"}}}))
     engine = replace(TrainConfig().engine, deepspeed_config=path, zero_stage=stage)
+    config = TrainConfig(engine=engine)
     with pytest.raises(UserError, match=f"{name} has no effect with engine.zero_stage={stage}"):
+        deepspeed_config(config, 1)
+    path.write_text(json.dumps({"zero_optimization": {name: {"device": "auto"}}}))
+    deepspeed_config(config, 1)  # DeepSpeed's default: no offloading
+
+
+def test_nvme_at_a_stage_that_would_use_the_cpu(tmp_path):
+    path = tmp_path / "zero.json"
+    nvme = {"device": "nvme", "nvme_path": "/nvme"}
+    path.write_text(json.dumps({"zero_optimization": {"offload_optimizer": nvme}}))
+    engine = replace(TrainConfig().engine, deepspeed_config=path, zero_stage=2)
+    with pytest.raises(UserError, match=r"offload_optimizer to nvme needs --engine.zero-stage 3"):
         deepspeed_config(TrainConfig(engine=engine), 1)

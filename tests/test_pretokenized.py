@@ -269,3 +269,21 @@ def test_a_class_that_does_not_fit_is_named_in_a_run(tmp_path):
     with pytest.raises(UserError, match=r"class label 1000000 .*in one of .*2\.npy \(number 2\)"):
         examples = TrainingData(config, backbone, ALONE)
         _ = [*examples.validation_batches(), *examples.micro_batches(0)]
+
+
+def test_a_damaged_cache_is_named_in_a_run_by_its_own_message(tmp_path):
+    """Its names are in the damaged file, too: asking for them hid what was wrong."""
+    line = json.dumps({"class_id": 1, "tokens": [0] * 16})
+    (tmp_path / "codes.jsonl").write_text("\n".join([line] * 4))
+    data = LabelledOptions(
+        source=(str(tmp_path / "codes.jsonl"),), cache_dir=tmp_path / "cache", validation_samples=1
+    )
+    config = TrainConfig(data=data, batch_size=3, engine=EngineOptions(micro_batch=3))
+    examples = TrainingData(config, tiny_rar(), ALONE)
+    (shard,) = tmp_path.glob("cache/*/*.safetensors")
+    shard.unlink()
+    examples.store = CodeStore(shard.parent)
+    with pytest.raises(
+        UserError, match=r"^\S+\.safetensors is missing or damaged.*start again[^(]*$"
+    ):
+        _ = [*examples.micro_batches(0)]

@@ -90,22 +90,12 @@ def describe_changes(before: Iterable[tuple[str, str]], after: Contents) -> str:
     return ", ".join(changes)
 
 
-def states_of(files: Sequence[tuple[str, Path]]) -> list[int]:
-    """What the file system says of each file, as a number, for `changed_since`."""
-    return [hash(tuple(file_status(path) or ())) for _, path in files]
-
-
-def changed_since(files: Sequence[tuple[str, Path]], states: list[int], contents: Contents) -> str:
-    """How files differ, in words, from `contents` that were hashed after `states` were taken. Reads
-    only those of another state.
+def changes_since(files: Sequence[tuple[str, Path]], contents: Contents, cache_dir: Path) -> str:
+    """How the files differ now from `contents`, in words. Reads a large set's changed files only,
+    thanks to the index.
     """
-    known = zip(files, contents, states, states_of(files), strict=True)
-    after = [
-        (name, digest if before == now else _hash(path))
-        for (_, path), (name, digest), before, now in known
-    ]
-    pairs = zip(after, contents, strict=True)
-    return describe_changes(contents, [new for new, old in pairs if new[1] != ABSENT or new == old])
+    after = zip(hash_files(files, cache_dir), contents, strict=True)
+    return describe_changes(contents, [new for new, old in after if new[1] != ABSENT or new == old])
 
 
 def _count(names: list[str], what: str) -> str:

@@ -29,12 +29,11 @@ from torch import Tensor
 
 from t2i.data.content import (
     Contents,
-    changed_since,
+    changes_since,
     content_key,
     contents_key,
     describe_changes,
     hash_files,
-    states_of,
     worth_an_index,
 )
 from t2i.data.data_report import (
@@ -130,7 +129,6 @@ def build_store(
     """
     cache_dir = Path(cache_dir)
     files = source.files()
-    states = states_of(files) if processes.is_main else []
     contents = hash_files(files, cache_dir, processes)
     content = {"files": contents_key(contents)} if contents else {}
     key = {"format": FORMAT, "source": source.identity | content, **encoding.identity}
@@ -153,12 +151,14 @@ def build_store(
     count = _encode_missing(source, folder, encoding, processes)
     paths = [shard_path(folder, shard) for shard in range(count)]
     wait_for(paths, processes.patience)
-    if processes.is_main and (changes := changed_since(files, states, contents)):
-        for path in paths:  # or they would be found again under the name of what the data were
-            path.unlink()
+    if processes.is_main and (changes := changes_since(files, contents, cache_dir)):
+        # Otherwise they would be found under the name of what the data were. The manifest, which
+        # another run may have written, must not outlive them.
+        for path in (folder / MANIFEST, *paths):
+            path.unlink(missing_ok=True)
         raise UserError(
-            f"{source.name} changed while it was encoded ({changes}), so nothing of this is kept; "
-            "start again once its files are at rest"
+            f"{source.name} changed while it was encoded ({changes}), so the codes were discarded; "
+            "start again when its files no longer change"
         )
     readers = list(map(ShardReader, paths))
     if processes.is_main or not any(reader.codes_shape[0] for reader in readers):

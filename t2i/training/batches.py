@@ -166,6 +166,8 @@ class TrainingData:
         try:
             codes, prepared = self.load(indices, choice)
         except UserError as error:
+            if isinstance(self.store, CodeStore):  # its names may be in the damaged file
+                raise
             raise UserError(f"{error} (in one of {self.names(indices)})") from error
         return Batch(
             codes.to(device),

@@ -155,7 +155,9 @@ def check(
             warnings.append(f"training would end at once: {error}")
             otherwise = "end at once"
     if checkpoint and plan and steps_done(config, checkpoint, plan.steps) == plan.steps:
-        warnings.append(f"all {plan.steps} steps are done; more --steps (or --epochs) go on")
+        warnings.append(
+            f"all {plan.steps} steps are done; give more --steps (or --epochs) to continue"
+        )
         otherwise = "end at once"
     size, too_much = size_report(model, config, plan, world_size)
     weights, state = map(readable_size, checkpoint_bytes(model, config))

@@ -120,14 +120,17 @@ def _refuse_unread(settings: dict, stage: int, path: Path) -> None:
     """UserError for offloading that DeepSpeed would not do, or has no place for."""
     for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
         part = settings.get(name) or {}
-        if part.get("device", "none") == "none":
+        device = part.get("device", "none")
+        if device in ("none", "auto"):
             continue
         if stage < least:
             raise UserError(
                 f"{path}: {name} has no effect with engine.zero_stage={stage}: it needs "
                 f"--engine.zero-stage {least}{' to 3' if least < 3 else ''}"
             )
-        if part["device"] == "nvme" and not part.get("nvme_path"):
+        if device == "nvme" and stage < 3:  # DeepSpeed would take the CPU
+            raise UserError(f"{path}: {name} to nvme needs --engine.zero-stage 3")
+        if device == "nvme" and not part.get("nvme_path"):
             raise UserError(f"{path}: {name} to nvme needs an nvme_path, a folder on that disk")
 
 
