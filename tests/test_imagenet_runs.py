@@ -233,16 +233,16 @@ def test_the_preflight_check_opens_images_of_classes(base, tmp_path):
     config = tiny(base, "looked")
     data = replace(config.data, source=(str(tmp_path / "images"),), validation_samples=2)
     config = replace(config, data=data)
-    assert "looked at     20 of them: nothing skipped" in check(config)
+    assert "checked       20 of them: nothing skipped" in check(config)
     (tmp_path / "images" / "c03" / "0.png").write_bytes(b"junk")
     (tmp_path / "images" / "c04" / "z.png").symlink_to("/gone")
     said = check(config)
-    assert "1 of 20 samples looked at are skipped, corrupt (c03/0.png)" in said
+    assert "1 of 20 checked samples are skipped, corrupt (c03/0.png)" in said
     assert "1 left out, broken link (c04/z.png)" in said and "2 of 19 samples held out" in said
     for path in (tmp_path / "images").rglob("*.png"):
         path.unlink()
         path.write_bytes(b"junk")
-    with pytest.raises(UserError, match="none of the images looked at can be used: 21 corrupt"):
+    with pytest.raises(UserError, match="none of the checked images can be used: 21 corrupt"):
         check(config)
 
 

@@ -16,6 +16,7 @@ from test_recipes import ALL
 from t2i.errors import UserError
 from t2i.models.base import LoadOptions
 from t2i.models.families import find_family
+from t2i.rehearsal.rehearsal_report import predictions
 from t2i.tensorar import codec
 from t2i.training.check import check
 from t2i.training.config import DataOptions, TrainConfig
@@ -48,12 +49,12 @@ def test_captions_that_come_out_empty(tmp_path, monkeypatch):
     (folder / "0.txt").write_text("a red circle", encoding="utf-8")
     (folder / "README.txt").write_text("mine")
     report = check(config)
-    assert "11 of 12 samples looked at are skipped, caption has no text the encoder can" in report
+    assert "11 of 12 checked samples are skipped, caption has no text the encoder can" in report
     assert "1 left out, caption without image (README.txt)" in report
     assert report.endswith("without --check would end at once")
     (folder / "1.txt").write_text("a circle left of a square")
     report = check(replace(config, data=replace(data, views="flip"), epochs=40))
-    assert "1 captions of the samples looked at say left or right ('a circle left of a" in report
+    assert "1 captions of the checked samples say left or right ('a circle left of a" in report
     assert "will overfit" in report and "steps hardly change adapters" in report
     assert "not ready" in report
 
@@ -97,7 +98,7 @@ def test_samples_beyond_the_limit_are_not_checked(tiny_world, tmp_path):
         (folder / f"{i}.png").write_bytes(b"")
     own = {"data__source": str(folder), "data__validation_samples": 2}
     said = check(tiny_run(tiny_world, "bounded", **own, data__max_samples=5))
-    assert "looked at     5 of them: nothing skipped" in said and "empty" not in said
+    assert "checked       5 of them: nothing skipped" in said and "empty" not in said
 
 
 # -- the pre-flight's order, and what it needs -----------------------------------------------------
@@ -168,7 +169,9 @@ def test_published_text_models_need_no_files(name, no_files, tmp_path):
         run_dir=tmp_path / "run",
     )
     report = check(config)
-    assert "peak, and a tenth more" in report and "  work: " in report
+    assert "peak, plus 10 %" in report and "  work: " in report
+    read = predictions(report)  # by a rehearsal, which must find every line
+    assert len(read) == 11
     assert "  a checkpoint  " in report and " of training state" in report
     assert "sample sheet  at step 0 and every" in report
 

@@ -146,9 +146,9 @@ REPORT = """memory per process: in all
   state, as above                   2.00 GB
   image tokenizer and text encoder  500.0 MB
   activations of one pass           1.00 GB (4.2 MB of logits, fp32, in it)
-  what lives for a moment           22.0 MB
+  temporary tensors                 22.0 MB
   while images are encoded          3.00 GB, before there is an optimizer
-  peak, and a tenth more            3.87 GB (computed from shapes, not measured)
+  peak, plus 10 %                   3.87 GB (computed from shapes, not measured)
 run folder
   runs/x
   a checkpoint  500.0 MB of weights, 1.50 GB of training state

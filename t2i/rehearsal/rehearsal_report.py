@@ -5,11 +5,11 @@ from collections.abc import Mapping
 
 _LINES = {
     "state": "state, as above",
-    "bucket": "gradients on their way",
+    "bucket": "gradient buckets",
     "frozen": "image tokenizer and text encoder",
     "kept": "activations of one pass",
-    "passing": "what lives for a moment",
-    "stepping": "or at the optimizer's step",
+    "passing": "temporary tensors",
+    "stepping": "or during the optimizer step",
     "encoding": "while images are encoded",
     "weights": "a checkpoint",
     "training": "a checkpoint .* of weights,",
@@ -22,7 +22,7 @@ _MOST_OFF = 0.15
 
 
 def predictions(report: str) -> dict[str, float]:
-    """Bytes by name from the output of `--check`, with its "peak" (without the extra tenth for the
+    """Bytes by name from the output of `--check`, with its "peak" (without the 10 % added for the
     allocator) and the size of a checkpoint ("saved").
     """
     found = {}

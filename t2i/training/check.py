@@ -137,7 +137,7 @@ def check(
     model = build_model(config, device="meta", resumed=checkpoint)
     prompts = look_at_model(model.backbone, config)
     parameter_groups(model, config)  # raises if nothing would be trained
-    survey, otherwise = None, "train all the same"
+    survey, otherwise = None, "still train"
     if isinstance(config.data, LabelledOptions):
         survey, total, lines, warnings = _labelled(config.data, model.backbone)
     else:
@@ -194,18 +194,18 @@ def _captioned(
         source, rules, caption_notes=backbone.caption_notes, max_samples=options.max_samples
     )
     if not usable:
-        raise UserError(f"none of the samples looked at can be used: {survey.describe()}")
+        raise UserError(f"none of the checked samples can be used: {survey.describe()}")
     count = "unknown number of" if total is None else total
     lines = [
         f"source        {options.source}: {count} samples",
-        f"looked at     {survey.seen} of them: {survey.describe()}",
+        f"checked       {survey.seen} of them: {survey.describe()}",
         *(f"caption       {s.captions[0]!r:.300} ({short_name(s.key)})" for s in usable[:3]),
     ]
     warnings = list(_about_samples(survey, size))
     sided = [c for s in usable for c in s.captions if re.search(r"\b(left|right)\b", c, re.I)]
     if options.views == "flip" and sided:
         warnings.append(
-            f"{len(sided)} captions of the samples looked at say left or right ({sided[0]!r:.80}), "
+            f"{len(sided)} captions of the checked samples say left or right ({sided[0]!r:.80}), "
             "which mirrored images make wrong: leave out --data.views flip"
         )
     return survey, lines, warnings
@@ -221,7 +221,7 @@ def _about_samples(survey: DataReport, size: int) -> Iterator[str]:
             advice = f": the model's images are {size} px; {takes}"
         if count := len(keys) - around[reason]:
             yield (
-                f"{count} of {survey.seen} samples looked at are skipped, {reason} "
+                f"{count} of {survey.seen} checked samples are skipped, {reason} "
                 f"({short_name(keys[0])}){advice}"
             )
         if count := around[reason]:
@@ -252,12 +252,12 @@ def _labelled(
     size = image_size(backbone)
     survey, usable = survey_source(opened, ImageRules(size, small="upscale"))
     if not usable:
-        raise UserError(f"none of the images looked at can be used: {survey.describe()}")
+        raise UserError(f"none of the checked images can be used: {survey.describe()}")
     views = views_of(options).count
     gigabytes = count * views * backbone.spec.num_tokens * len(backbone.spec.subvocabs) * 2 / 1e9
     lines = [
         f"{source}{count} images of {len(opened.classes)} classes",
-        f"looked at     {survey.seen} of them: {survey.describe()}",
+        f"checked       {survey.seen} of them: {survey.describe()}",
         f"codes         {views} views of each, {gigabytes:.2f} GB in {options.cache_dir}",
     ]
     return survey, count, lines, [*_about_samples(survey, size), *survey.remarks]
@@ -271,7 +271,7 @@ def _batch_lines(config: TrainConfig, plan: Plan | None, world_size: int) -> lis
         f"{accumulated} accumulated x {world_size} processes"
     ]
     if plan is not None and plan.training:
-        together = ", those of one picture together" * isinstance(config.data, DataOptions)
+        together = ", all samples of one image together" * isinstance(config.data, DataOptions)
         lines.append(f"{plan.held_out} of {plan.samples} samples held out{together}")
         if config.learns_from_data:
             passes = plan.steps * config.batch_size / plan.training
@@ -369,13 +369,13 @@ def _parameter_lines(model: TensorAR) -> list[str]:
 def _cost_lines(cost: Cost, logits: str) -> list[str]:
     parts = {
         "state, as above": readable_size(cost.state),
-        "gradients on their way": readable_size(cost.bucket),
+        "gradient buckets": readable_size(cost.bucket),
         "image tokenizer and text encoder": readable_size(cost.frozen),
         "activations of one pass": readable_size(cost.kept),
-        "what lives for a moment": f"{readable_size(cost.passing)} ({logits} of logits, fp32, in it)",
-        "or at the optimizer's step": readable_size(cost.stepping),
+        "temporary tensors": f"{readable_size(cost.passing)} ({logits} of logits, fp32, in it)",
+        "or during the optimizer step": readable_size(cost.stepping),
         "while images are encoded": f"{readable_size(cost.encoding)}, before there is an optimizer",
-        "peak, and a tenth more": f"{readable_size(cost.total)} (computed from shapes, not measured)",
+        "peak, plus 10 %": f"{readable_size(cost.total)} (computed from shapes, not measured)",
     }
     return [f"{name:<34}{size}" for name, size in parts.items()]
 

@@ -60,7 +60,7 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
             "more is saved",
         ],
         "memory": [
-            f"{readable_size(cost.total)} on a GPU (computed from shapes, with a tenth more)",
+            f"{readable_size(cost.total)} on a GPU (computed from shapes, plus 10 %)",
             f"{readable_size(resident)} of main memory in each process for order and split, "
             f"{readable_size(on_node)} on a machine",
         ],
