@@ -79,8 +79,13 @@ def check_types(settings: "DataclassInstance") -> None:
     for name, hint in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
         if isinstance(value, Real) and not isinstance(value, int | float):  # of numpy
-            value = operator.index(value) if isinstance(value, Integral) else float(value)
+            value = python_number(value)
         object.__setattr__(settings, name, _converted(value, hint, name))
+
+
+def python_number(value: Real) -> int | float:
+    """The same number in Python's own types; JSON takes no others."""
+    return operator.index(value) if isinstance(value, Integral) else float(value)
 
 
 def _converted(value: object, hint: object, where: str) -> object:

@@ -2,13 +2,12 @@
 
 import logging
 import math
-import operator
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal
 
 from t2i.errors import UserError
-from t2i.fields import all_optional
+from t2i.fields import all_optional, python_number
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +130,7 @@ def _plain(name: str, value: Any) -> Any:
     kind = Integral if name in _WHOLE else Real
     if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
         raise UserError(f"{name}={value!r:.80} must be a {wanted} number")
-    return operator.index(value) if isinstance(value, Integral) else float(value)
+    return python_number(value)
 
 
 def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
@@ -200,7 +199,7 @@ class DrawOptions:
             )
         for name in ("seed", "batch_size"):
             check_whole(**{name: getattr(self, name)})
-            object.__setattr__(self, name, operator.index(getattr(self, name)))
+            object.__setattr__(self, name, python_number(getattr(self, name)))
         check_counts(_MOST_ROWS, batch_size=self.batch_size)
         check_seed(self.seed)
         check_speculate(self.speculate or 0)
