@@ -242,19 +242,19 @@ def test_codes_that_do_not_fit_are_named_before_the_run(tmp_path):
     """--check looked at the first image or line alone; in mid-run no file was named."""
     spec = replace(tiny_rar().spec, grid=(1, 5), subvocabs=(1000,))
     root = write_llamagen(tmp_path / "a")
-    LlamaGenCodes(root).look(spec.check_codes, 22)
+    LlamaGenCodes(root).check_some(spec.check_codes, 22)
     np.save(root / "imagenet256_labels" / "2.npy", np.array([22]))
     with pytest.raises(UserError, match=r"labels/2\.npy holds class 22; expected one below 22"):
-        LlamaGenCodes(root).look(spec.check_codes, 22)
+        LlamaGenCodes(root).check_some(spec.check_codes, 22)
     np.save(root / "imagenet256_labels" / "2.npy", np.array([21]))
     np.save(root / "imagenet256_codes" / "3.npy", np.full((1, 3, 5), 1000))
     with pytest.raises(UserError, match=r"codes/3\.npy: the data has codes from 1000 to 1000"):
-        LlamaGenCodes(root).look(spec.check_codes, 22)
+        LlamaGenCodes(root).check_some(spec.check_codes, 22)
     end = '\n{"class_id": true, "tokens": [0, 1, 2]}'
     path = write_jsonl(tmp_path / "maskgitvq.jsonl", end=end)
     spec = replace(spec, grid=(1, 3), subvocabs=(1024,))
     with pytest.raises(UserError, match="line 9: class True and 3 tokens"):
-        JsonlCodes(path).look(spec.check_codes)
+        JsonlCodes(path).check_some(spec.check_codes)
 
 
 def test_a_class_that_does_not_fit_is_named_in_a_run(tmp_path):

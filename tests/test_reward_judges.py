@@ -177,9 +177,9 @@ def test_a_soft_reward_counts_once_by_its_benchmark():
 def test_a_constant_reward_stops_after_some_batches():
     panel, name = panel_of("constant"), "reward_functions:constant"
     for values in ([0, 0], [0, 0], [0, 1], [0, 0], [1, 1]):
-        panel.look({name: values}, ["a", "b"])
+        panel.check_variation({name: values}, ["a", "b"])
     with pytest.raises(RewardError, match="constant gave 0 to every image of the last 3 batches"):
-        panel.look({name: [0, 0]}, ["a", "b"])
+        panel.check_variation({name: [0, 0]}, ["a", "b"])
 
 
 @pytest.mark.slow

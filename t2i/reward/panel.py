@@ -131,7 +131,9 @@ class Panel:
         weights = list(self.weights.values())
         return [math.fsum(w * v for w, v in zip(weights, row, strict=True)) for row in columns]
 
-    def look(self, values: Mapping[str, Sequence[float]], prompts: Sequence[str]) -> None:
+    def check_variation(
+        self, values: Mapping[str, Sequence[float]], prompts: Sequence[str]
+    ) -> None:
         """Check the values of a whole batch, from all processes.
 
         Raises:

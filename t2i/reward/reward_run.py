@@ -166,7 +166,7 @@ class RewardRun(loop.Run):
         images, asked = [one.image for one in drawn], [entries[p] for p, _ in mine]
         shares = together(self.processes, lambda: self.panel.judge_all(images, asked))
         values = {name: [v for share in shares for v in share[name]] for name in shares[0]}
-        self.panel.look(values, [entry["prompt"] for entry in entries])
+        self.panel.check_variation(values, [entry["prompt"] for entry in entries])
         summed = self.panel.total(values) or [0.0] * self.config.batch_size  # nothing is rewarded
         total = torch.tensor(summed, dtype=torch.float64)
         rewards = total.view(len(entries), self.config.reward.group)

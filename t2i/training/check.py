@@ -240,11 +240,11 @@ def _labelled(
     opened = open_labelled(options, backbone.spec)
     source = f"source        {', '.join(options.source)}: "
     if isinstance(opened, LlamaGenCodes):
-        opened.look(backbone.spec.check_codes, backbone.spec.num_classes)
+        opened.check_some(backbone.spec.check_codes, backbone.spec.num_classes)
         return None, len(opened), [f"{source}{len(opened)} x {opened.views} views"], []
     count = opened.length or 0
     if isinstance(opened, JsonlCodes):
-        opened.look(backbone.spec.check_codes)
+        opened.check_some(backbone.spec.check_codes)
         return None, count, [f"{source}{count} lines"], []
     size = image_size(backbone)
     survey, usable = survey_source(opened, ImageRules(size, small="upscale"))

@@ -109,9 +109,9 @@ class LlamaGenCodes:
     def same_images(self) -> None:
         """None: every image counts as different."""
 
-    def look(self, check_codes: Callable[[Tensor], None], num_classes: int) -> None:
-        """UserError naming one of some images, the first and the last among them, whose class is
-        not below `num_classes`, or whose codes are refused.
+    def check_some(self, check_codes: Callable[[Tensor], None], num_classes: int) -> None:
+        """Check a sample of images, spread evenly from the first to the last. UserError names one
+        whose class is not below `num_classes`, or whose codes are refused.
         """
         for index in _some(len(self)):
             label = self.condition(index)
@@ -249,9 +249,9 @@ class JsonlCodes(Source):
         """int64 [1, T, 1] of a line."""
         return _as_codes(self._parse(index)[1])
 
-    def look(self, check_codes: Callable[[Tensor], None]) -> None:
-        """UserError for some lines, the first and the last among them, that are damaged or whose
-        codes are refused.
+    def check_some(self, check_codes: Callable[[Tensor], None]) -> None:
+        """Check a sample of lines, spread evenly from the first to the last. UserError for one that
+        is damaged or whose codes are refused.
         """
         for index in _some(len(self._ends) - 1):
             check_codes(self.codes(index))
