@@ -90,10 +90,11 @@ def _wait(world: World, run: Started, condition: Callable[[], bool]) -> None:
 
 def _saving(run_dir: Path, begin: float) -> bool:
     """Whether a checkpoint is being written; partial folders from before `begin` do not count."""
-    for unfinished in run_dir.rglob(f"*{PARTIAL}"):
-        with suppress(FileNotFoundError):
-            if unfinished.stat().st_mtime > begin:
-                return True
+    for place in (run_dir, run_dir / "checkpoints"):  # rglob fails where the run removes folders
+        for unfinished in place.glob(f"*{PARTIAL}"):
+            with suppress(FileNotFoundError):
+                if unfinished.stat().st_mtime > begin:
+                    return True
     return False
 
 
