@@ -26,7 +26,7 @@ from t2i.data import content, encoding
 from t2i.data.content import ABSENT, describe_changes, hash_files
 from t2i.data.data_report import survey_source
 from t2i.data.encoding import check_cache_dir
-from t2i.data.images import ImageRules
+from t2i.data.images import ImageRules, SkipSample
 from t2i.data.store import CodeStore
 from t2i.errors import UserError
 from t2i.processes import Processes
@@ -230,6 +230,21 @@ def test_data_that_change_while_they_are_encoded_are_not_kept(tmp_path, monkeypa
     shutil.rmtree(data)
     shutil.copytree(copy, data)
     assert len(CodeStore(build(open_source(data), cache))) == 3
+
+
+@pytest.mark.parametrize("kind", ["sidecar", "webdataset txt"])
+def test_storage_that_fails_while_data_are_encoded_loses_no_sample(tmp_path, monkeypatch, kind):
+    """The image used to be missing for good from a cache that counted as complete."""
+    source, cache = open_source(make(kind, tmp_path / "data")), tmp_path / "cache"
+
+    def fail(where, limit=None):
+        raise SkipSample("unreadable", "[Errno 5] Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("t2i.data.images.read_bytes", fail)
+        with pytest.raises(UserError, match=r"now cannot be: \[Errno 5\] Input/output error"):
+            build(source, cache)
+    assert len(CodeStore(build(source, cache))) == 3
 
 
 def test_a_check_for_changes_reads_no_unchanged_file_and_a_finished_store_needs_none(

@@ -20,6 +20,7 @@ from t2i.data.images import (
     open_image,
     to_pixels,
 )
+from t2i.errors import UserError
 
 ORIENTATION = 0x0112
 
@@ -106,6 +107,18 @@ def test_remote_files(tmp_path):
     (tmp_path / "a.png").write_bytes(encode(Image.new("RGB", (8, 8), "lime")))
     assert open_image(RemoteFile(f"file://{tmp_path}/a.png")).getpixel((0, 0)) == (0, 255, 0)
     assert reason(RemoteFile(f"file://{tmp_path}/b.png")) == "missing"
+
+
+def test_a_hub_that_fails_is_no_unreadable_image(monkeypatch):
+    """Every image read while the network is down used to be skipped, for good."""
+
+    def fail(url, mode):
+        raise ConnectionError("Network is unreachable")
+
+    monkeypatch.setattr("fsspec.open", fail)
+    with pytest.raises(UserError, match=r"hf://d/a\.zip cannot be read from the hub \(Network is"):
+        open_image(RemoteFile("zip://1.png::hf://d/a.zip"))
+    assert reason(RemoteFile("https://gone.example/1.png")) == "unreadable"
 
 
 def test_cmyk_is_converted():

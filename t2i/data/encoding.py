@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from t2i.data.content import (
+    ABSENT,
     Contents,
     changes_since,
     content_key,
@@ -43,7 +44,7 @@ from t2i.data.data_report import (
     load_sample,
     picture_hash,
 )
-from t2i.data.images import ImageRules, SkipSample
+from t2i.data.images import FileSlice, ImageRules, SkipSample
 from t2i.data.samples import Sample, Source
 from t2i.data.store import (
     FORMAT,
@@ -148,7 +149,10 @@ def build_store(
     if processes.is_main:
         write_text(folder / "source.json", json.dumps({"key": key, "files": contents}))
 
-    count = _encode_missing(source, folder, encoding, processes)
+    hashed = {
+        path for (_, path), (_, digest) in zip(files, contents, strict=True) if digest != ABSENT
+    }
+    count = _encode_missing(source, folder, encoding, hashed, processes)
     paths = [shard_path(folder, shard) for shard in range(count)]
     wait_for(paths, processes.patience)
     if processes.is_main and (changes := changes_since(files, contents, cache_dir)):
@@ -208,8 +212,15 @@ def changed_files(source: Source, cache_dir: Path, key: str) -> str:
 
 
 # -- shards ----------------------------------------------------------------------------------------
-def _encode_missing(source: Source, folder: Path, encoding: Encoding, processes: Processes) -> int:
-    """Encode this process's share of the missing shards; returns how many shards there are."""
+def _encode_missing(
+    source: Source, folder: Path, encoding: Encoding, hashed: set[Path], processes: Processes
+) -> int:
+    """Encode this process's share of the missing shards; returns how many shards there are.
+
+    Args:
+        hashed: the files that could be read before.
+    """
+    load = partial(_load, rules=encoding.rules, hashed=hashed)
 
     def mine_to_do(shard: int) -> bool:
         mine = shard % processes.world_size == processes.rank
@@ -230,7 +241,7 @@ def _encode_missing(source: Source, folder: Path, encoding: Encoding, processes:
         for shard, part in groupby(samples, lambda sample: sample.index // size):
             count = max(count, shard + 1)
             if mine_to_do(shard):
-                _encode_shard(ShardWriter(folder, shard), part, encoding, bar.update)
+                _encode_shard(ShardWriter(folder, shard), part, encoding, load, bar.update)
     return count
 
 
@@ -238,12 +249,12 @@ def _encode_shard(
     writer: ShardWriter,
     samples: Iterator[Sample],
     encoding: Encoding,
+    load: Callable[[Sample], "tuple[Tensor, int | None] | SkipSample"],
     advance: Callable[[int], object],
 ) -> None:
     """Encode and write one shard; `advance(n)` is called after every n samples."""
     views = 1 if encoding.rules is None else encoding.rules.views.count
     checked = (drop_unreadable(sample, encoding.caption_notes) for sample in samples)
-    load = partial(_load, rules=encoding.rules)
     for batch, loaded in load_ahead(checked, load, max(1, encoding.batch_size // views)):
         usable = []
         for sample, result in zip(batch, loaded, strict=True):
@@ -257,10 +268,23 @@ def _encode_shard(
     writer.close()
 
 
-def _load(sample: Sample, rules: ImageRules | None) -> tuple[Tensor, int | None] | SkipSample:
-    """Views of an image (or their codes), and, if it has captions, its `picture_hash`."""
+def _load(
+    sample: Sample, rules: ImageRules | None, hashed: set[Path]
+) -> tuple[Tensor, int | None] | SkipSample:
+    """Views of an image (or their codes), and, if it has captions, its `picture_hash`.
+
+    Raises:
+        UserError: a file in `hashed` cannot be read. Skipped, its image would be missing from the
+            store for good, because the store's name says that the file could be read.
+    """
     views = load_sample(sample, rules)
     if isinstance(views, SkipSample):
+        path = sample.image.path if isinstance(sample.image, FileSlice) else sample.image
+        if views.reason == "unreadable" and path in hashed:
+            raise UserError(
+                f"{sample.key} was read when encoding began, and now cannot be: {views.detail}. "
+                "Start again when the storage is sound; codes written so far are kept"
+            )
         return views
     return views, picture_hash(views) if sample.label is None else None
 

@@ -93,6 +93,7 @@ def read_bytes(where: Path | FileSlice | RemoteFile, limit: int | None = None) -
 
     Raises:
         SkipSample: the file is missing, unreadable, corrupt, or too large.
+        UserError: the hub cannot be reached. (Other addresses may be dead links.)
     """
     try:
         if isinstance(where, RemoteFile):
@@ -118,6 +119,10 @@ def read_bytes(where: Path | FileSlice | RemoteFile, limit: int | None = None) -
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise SkipSample("missing", str(error)) from error
     except (OSError, ValueError) as error:  # permissions, name too long, a NUL byte in the name
+        if isinstance(where, RemoteFile) and "hf://" in where.url:
+            raise UserError(
+                f"{where.url} cannot be read from the hub ({error}). Start again to continue"
+            ) from error
         raise SkipSample("unreadable", str(error)) from error
     if len(data) < size:
         raise SkipSample("corrupt", f"{path} ends inside this file")
