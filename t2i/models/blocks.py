@@ -106,8 +106,8 @@ def _attend_by_products(q_BHnK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask: Te
     batch, shared, _, width = k_BHLK.shape
     # Queries that share keys become the rows of one matrix product.
     q = (q_BHnK * width**-0.5).reshape(batch, shared, -1, width)
-    scores = (q @ k_BHLK.transpose(-1, -2)).float().unflatten(2, (-1, q_BHnK.shape[2]))
-    weights = scores.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1)
+    scores = (q @ k_BHLK.transpose(-1, -2)).unflatten(2, (-1, q_BHnK.shape[2]))
+    weights = scores.masked_fill_(~mask[:, :, None], -torch.inf).softmax(-1, dtype=torch.float32)
     out = weights.type_as(v_BHLK).flatten(2, 3) @ v_BHLK
     return out.view(q_BHnK.shape).transpose(1, 2).flatten(2)
 
@@ -211,14 +211,16 @@ def rotate(x_BLHK: Tensor, rope_LK2: Tensor, *, halves: bool = False) -> Tensor:
     """Rotate pairs of entries in fp32, by the angles of a table that all rows share ([B, ...]: one
     per row). Pairs are neighbors, or with `halves` entries i of both halves.
     """
-    if not halves and not torch.compiler.is_compiling():  # a single operation, bit-identical
-        pairs = torch.view_as_complex(x_BLHK.float().unflatten(-1, (-1, 2)))
-        turned = pairs * torch.view_as_complex(rope_LK2).unsqueeze(-2)
-        return torch.view_as_real(turned).flatten(-2).type_as(x_BLHK)
     axis, shape = (-2, (2, -1)) if halves else (-1, (-1, 2))
-    cos, sin = rope_LK2.unsqueeze(-3).unbind(-1)
-    first, second = x_BLHK.float().unflatten(-1, shape).unbind(axis)
-    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=axis)
+    x = x_BLHK.float().unflatten(-1, shape)
+    if torch.compiler.is_compiling():  # generates no code for complex numbers
+        cos, sin = rope_LK2.unsqueeze(-3).unbind(-1)
+        first, second = x.unbind(axis)
+        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=axis)
+    else:  # one operation, bit-identical
+        pairs = torch.complex(*x.unbind(axis)) if halves else torch.view_as_complex(x)
+        turned = torch.view_as_real(pairs * torch.view_as_complex(rope_LK2).unsqueeze(-2))
+        turned = turned.transpose(-1, -2) if halves else turned
     return turned.flatten(-2).type_as(x_BLHK)
 
 
