@@ -112,7 +112,7 @@ class Mask2FormerDetector:
 
         pixels: uint8 [h, w, 3], resized and padded.
         """
-        output = self.model(normalise(pixels, self.rules).to(self.device))
+        output = self.model(normalize(pixels, self.rules).to(self.device))
         return output.class_queries_logits[0], output.masks_queries_logits[0]
 
 
@@ -188,7 +188,7 @@ def prepare(image: Image.Image, rules: InputRules) -> tuple[np.ndarray, tuple[in
     return np.pad(resized, padding, constant_values=rules.pad_value), (height, width)
 
 
-def normalise(pixels: np.ndarray, rules: InputRules) -> torch.Tensor:
+def normalize(pixels: np.ndarray, rules: InputRules) -> torch.Tensor:
     """Normalized pixels, float32 [1, 3, h, w], from uint8 [h, w, 3]."""
     mean, std = np.array(rules.mean, np.float32), np.array(rules.std, np.float32)
     scaled = (pixels.astype(np.float32) - mean) / std

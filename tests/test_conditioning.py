@@ -315,7 +315,7 @@ def test_tiny_vocabulary(folder, tmp_path):
         build_tiny_t5(tmp_path, CAPTIONS, d_model=30, num_heads=4)
 
 
-def test_tiny_features_tell_which_colour_belongs_to_which_shape(encoder):
+def test_tiny_features_tell_which_color_belongs_to_which_shape(encoder):
     """The mean over a caption is all that LlamaGen's image tokens get from a layer."""
     first, swapped = (f.mean(0) for f in encoder.encode(CAPTIONS[:2]))
     assert (first - swapped).norm() > 0.1 * first.norm()  # 0.02 with T5's own initialisation

@@ -267,7 +267,7 @@ def test_a_damaged_exif_tag_does_not_cost_the_image():
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_animations_give_their_first_frame(kind):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("blue", "red")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("blue", "red")]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert open_image(data).getpixel((0, 0)) == (0, 0, 255)

@@ -1,4 +1,4 @@
-"""Crops, texts and colour decisions against golden data of GenEval and clip_benchmark."""
+"""Crops, texts and color decisions against golden data of GenEval and clip_benchmark."""
 
 import hashlib
 import json

@@ -32,7 +32,7 @@ BRIGHT = "reward_functions:brightness"
 
 # -- rewards ---------------------------------------------------------------------------------------
 def seen(*objects) -> tuple:
-    """Detections and colours, from (name, centre x, centre y, colour)."""
+    """Detections and colors, from (name, centre x, centre y, color)."""
     found: dict[str, list] = {}
     for name, x, y, color in objects:
         found.setdefault(name, []).append(([x - 5, y - 5, x + 5, y + 5], color))

@@ -141,7 +141,7 @@ def table(rows: dict[str, dict]) -> str:
             minus = f"{r['minus_first']:+.3f} ± {r['minus_first_stderr']:.3f}"
         shares = [f"{r['right']:.3f} ± {r['stderr']:.3f}", f"{r['shape']:.3f}", f"{r['color']:.3f}"]
         cells.append([name, str(r["n"]), *shares, minus])
-    return markdown_table("| images | n | right | shape | colour | minus the first |", cells)
+    return markdown_table("| images | n | right | shape | color | minus the first |", cells)
 
 
 def one_of_each(images: np.ndarray, labels: np.ndarray) -> list[Image.Image]:

@@ -180,7 +180,7 @@ class LlamaConfig:
 
 
 class RMSNorm(nn.Module):
-    """Normalise in fp32, cast back, then scale: the order matters in bf16."""
+    """Normalize in fp32, cast back, then scale: the order matters in bf16."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
