@@ -46,7 +46,8 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
         if str(folder) in shipped_bases():
             hint = "; that is a shipped base, but a trained model is needed here"
         raise UserError(f"checkpoint folder {folder} does not exist (or is a file){hint}")
-    check_files(folder, with_state=with_state, contents=contents)
+    with reading(folder):
+        check_files(folder, with_state=with_state, contents=contents)
     path = folder / "config.json"
     try:
         config = read_object(path)

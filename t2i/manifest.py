@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from t2i.errors import UserError
 from t2i.fields import read_object
-from t2i.files import file_sha256, reading, write_json
+from t2i.files import file_sha256, write_json
 from t2i.published import remembered_sha256
 
 log = logging.getLogger(__name__)
@@ -58,11 +58,6 @@ def check_files(folder: Path, *, with_state: bool, contents: bool) -> None:
         DamagedError: names the file that is missing, cut short, changed, not listed, or outside the
             folder.
     """
-    with reading(folder):
-        _check_files(folder, with_state, contents)
-
-
-def _check_files(folder: Path, with_state: bool, contents: bool) -> None:
     files = _read(folder)
     if with_state and not any(name.startswith(f"{TRAINING_STATE}/") for name in files):
         raise DamagedError(f"{folder / TRAINING_STATE} is missing: no run can resume from it")

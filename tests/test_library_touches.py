@@ -380,6 +380,7 @@ DOCUMENTED = {
     "torch.utils.flop_counter",
     "torch.utils.tensorboard",
     "torchvision.models",
+    "torchvision.transforms.functional",
     "transformers.utils",
     "tyro.conf",
 }

@@ -181,17 +181,6 @@ def to_pixels(image: Image.Image) -> Tensor:
     return ((pixels_HWC / 255 - 0.5) / 0.5).permute(2, 0, 1).contiguous()
 
 
-def ten_crop(image: Image.Image, size: int) -> list[Image.Image]:
-    """The four corners and the center, then those of the mirror image: torchvision's order."""
-    views = []
-    for side in (image, ImageOps.mirror(image)):
-        right, bottom = side.width - size, side.height - size
-        center = (round(right / 2), round(bottom / 2))  # halves to even, as torchvision rounds
-        for left, top in ((0, 0), (right, 0), (0, bottom), (right, bottom), center):
-            views.append(side.crop((left, top, left + size, top + size)))
-    return views
-
-
 @dataclass(frozen=True)
 class Views:
     """Which views of an image are encoded.
@@ -225,8 +214,10 @@ class Views:
     def cut(self, image: Image.Image, size: int) -> Tensor:
         """All views of an RGB image, float32 [A, 3, size, size] in [-1, 1]; enlarges small ones."""
         if self.kind == "ten-crop":
+            from torchvision.transforms.functional import ten_crop
+
             squares = [center_crop(image, int(size * factor)) for factor in self.crop_ranges]
-            views = [view for square in squares for view in ten_crop(square, size)]
+            views = [view for square in squares for view in ten_crop(square, [size])]
         else:
             square = center_crop(image, size)
             views = [square, ImageOps.mirror(square)][: self.count]

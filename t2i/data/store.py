@@ -332,17 +332,13 @@ class CodeStore:
         return shard.sample(row)["key"]
 
     def same_images(self) -> Tensor | None:
-        """int64 [n]: for each sample the number of the first one with the same pixels.
-
-        None for images with classes: each counts as different.
+        """int64 [n]: equal numbers for samples with the same pixels; None for images with classes:
+        each counts as different.
         """
         if self.manifest["labelled"]:
             return None
         # Separate readers: unlike those of `_open`, each is closed again at once.
-        hashes = torch.cat([ShardReader(self.folder / name).pixels for name in self._names])
-        found, image = hashes.unique(return_inverse=True)
-        place = torch.arange(len(hashes))
-        return torch.full_like(found, len(hashes)).scatter_reduce(0, image, place, "amin")[image]
+        return torch.cat([ShardReader(self.folder / name).pixels for name in self._names])
 
     def _locate(self, index: int) -> tuple[ShardReader, int]:
         if not 0 <= index < len(self):

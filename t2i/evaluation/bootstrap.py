@@ -22,21 +22,6 @@ Groups = Mapping[str, Mapping[str, Sequence[float]]]
 """Group (such as a task or a category) -> prompt -> its values, one per image or answer."""
 
 
-def resampled_means(totals: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw P prompts with replacement, 1,000 times; returns each draw's mean over images,
-    float64 [R].
-
-    totals: float [P], the sum over each prompt's images; counts: int [P], their number (>= 1).
-    The standard deviation of the result is the standard error of `totals.sum() / counts.sum()`.
-    """
-    totals_P, counts_P = np.asarray(totals, dtype=np.float64), np.asarray(counts)
-    assert totals_P.shape == counts_P.shape, (totals_P.shape, counts_P.shape)
-    if len(counts_P) == 0 or counts_P.min() < 1:
-        raise ValueError("every prompt needs at least one image; leave out those without")
-    drawn_RP = rng.integers(len(totals_P), size=(_RESAMPLES, len(totals_P)))
-    return totals_P[drawn_RP].sum(axis=1) / counts_P[drawn_RP].sum(axis=1)
-
-
 @dataclass(frozen=True)
 class PromptMean:
     """A mean over all values of all prompts.
@@ -54,15 +39,19 @@ class PromptMean:
 def mean_over_prompts(
     prompts: Sequence[Sequence[float]], name: str | None = None, *, seed: int = 0
 ) -> tuple[PromptMean, np.ndarray]:
-    """The mean over all values of all prompts, and its resampled means [R].
+    """The mean over all values of all prompts, and its resampled means [R]: each is that of P
+    prompts drawn with replacement. Their standard deviation is the standard error of the mean.
 
     name: what is averaged; each name has its own random numbers.
     """
-    totals, counts = np.array([sum(v) for v in prompts]), np.array([len(v) for v in prompts])
+    totals_P, counts_P = np.array([sum(v) for v in prompts]), np.array([len(v) for v in prompts])
+    if len(prompts) == 0 or counts_P.min() < 1:
+        raise ValueError("every prompt needs at least one image; leave out those without")
     rng = np.random.default_rng(seed if name is None else [seed, zlib.crc32(name.encode())])
-    means_R = resampled_means(totals, counts, rng)
+    drawn_RP = rng.integers(len(prompts), size=(_RESAMPLES, len(prompts)))
+    means_R = totals_P[drawn_RP].sum(axis=1) / counts_P[drawn_RP].sum(axis=1)
     stderr = float(means_R.std(ddof=1)) if len(prompts) > 1 else None
-    total, count = float(totals.sum()), int(counts.sum())
+    total, count = float(totals_P.sum()), int(counts_P.sum())
     return PromptMean(total / count, stderr, total, count, len(prompts)), means_R
 
 
@@ -107,24 +96,21 @@ def paired_differences(a: Groups, b: Groups) -> tuple[Difference, dict[str, Diff
             mean_over_prompts([values[prompt] for prompt in sorted(values)], name)
             for values in (a[name], b[name])
         )
-        differences_R, prompts = means_b - means_a, mean_a.prompts
-        pair = (mean_a.mean, mean_b.mean)
-        by_group[name] = _difference(*pair, differences_R, prompts, known=prompts > 1)
-        drawn.append(differences_R)
+        drawn.append(means_b - means_a)
+        spread_R = drawn[-1] if mean_a.prompts > 1 else None
+        by_group[name] = _difference(mean_a.mean, mean_b.mean, spread_R, mean_a.prompts)
+    known = all(d.stderr is not None for d in by_group.values())
     overall = _difference(
         float(np.mean([d.a for d in by_group.values()])),
         float(np.mean([d.b for d in by_group.values()])),
-        np.mean(drawn, axis=0),
+        np.mean(drawn, axis=0) if known else None,
         len(in_a),
-        known=all(d.stderr is not None for d in by_group.values()),
     )
     return overall, by_group
 
 
-def _difference(
-    a: float, b: float, drawn_R: np.ndarray, prompts: int, *, known: bool
-) -> Difference:
-    if not known:
+def _difference(a: float, b: float, drawn_R: np.ndarray | None, prompts: int) -> Difference:
+    if drawn_R is None:
         return Difference(a, b, None, None, None, prompts)
     low, high = np.quantile(drawn_R, [0.025, 0.975])
     return Difference(a, b, float(drawn_R.std(ddof=1)), float(low), float(high), prompts)

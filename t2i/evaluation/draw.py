@@ -251,8 +251,7 @@ def draw_classes(
     labels = sample_labels(images.count, spec.num_classes, balanced=balanced, seed=options.seed)
     classes = labels.tolist()
     batches = numbered_batches(images.count, options.batch_size)
-    compared = set(settings)
-    options = _claim(place, settings, model, options, len(batches), compared=compared)
+    options = _claim(place, settings, model, options, len(batches), compared=set(settings))
     _warn_if_alike(model, options, len({*classes}) < images.count)
 
     def draw(batch: Sequence[Job]) -> Iterable[Drawn]:

@@ -11,12 +11,13 @@ batch, in OUT.npz.parts). A killed run therefore resumes with the missing images
 processes give the same files.
 """
 
+import json
 import logging
 import re
 import shutil
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from t2i.evaluation.generation_folder import (
     write_codes,
     write_prompt,
 )
+from t2i.fields import leaves
 from t2i.files import (
     read_json,
     replacing,
@@ -54,11 +56,6 @@ log = logging.getLogger(__name__)
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
-def _is_other(path: Path) -> bool:
-    """Whether a file in a generation folder is an image other than its sheets."""
-    return is_image(path) and path.name not in SHEETS
-
-
 class Place(ABC):
     """Where drawn images are written."""
 
@@ -75,7 +72,7 @@ class Place(ABC):
         refuse_in_checkpoint(self.out, "--out")
         writable_folder(self.record.parent, make=False)
         if self.record.is_file() and self.is_occupied():
-            refuse_others(read_json(self.record), known, images=self.images, compared=set(known))
+            self._refuse_others(self._recorded(), known, set(known))
 
     def claim(self, settings: dict, about: dict, *, compared: set[str] | None = None) -> dict:
         """Record the settings of new images, or compare them with those of the existing images;
@@ -99,13 +96,29 @@ class Place(ABC):
 
         def unsettled() -> list[Path]:
             there = self.record.is_file()
-            same = there and not _changes(read_json(self.record), settings, compared)
+            same = there and not _changes(self._recorded(), settings, compared)
             return [] if same or (there and self.is_occupied()) else [self.record]
 
         wait_until_none(unsettled, self.processes.patience)
-        recorded = read_json(self.record)
-        refuse_others(recorded, settings, images=self.images, compared=compared)
+        recorded = self._recorded()
+        self._refuse_others(recorded, settings, compared)
         return recorded
+
+    def _recorded(self) -> dict:
+        """The recorded settings; none if something else wrote the file."""
+        content = read_json(self.record)
+        return content if isinstance(content, dict) else {}
+
+    def _refuse_others(self, before: dict, now: dict, compared: set[str]) -> None:
+        """UserError, naming the differences, if the current settings are not the recorded ones."""
+        changes = _changes(before, now, compared)
+        if any(change.startswith("weights.") for change in changes):
+            changes.insert(0, f"{_who(before)} there, {_who(now)} now")
+        if changes:
+            raise UserError(
+                f"{self.images} holds images drawn with other settings ({'; '.join(changes)}); "
+                "give another --out, or delete it"
+            )
 
     def _begin(self, settings: dict) -> None:
         if self.is_occupied():
@@ -157,8 +170,9 @@ class GenerationFolder(Place):
         return any(self.out.glob("[0-9]*/samples/*")) or any(self.out.glob("[0-9]*/stages/*"))
 
     def _begin(self, settings: dict) -> None:
-        stopped, children = self.record.is_file(), sorted(self.out.glob("*"))
-        if not stopped and (others := [path.name for path in children if _is_other(path)]):
+        stopped, names = self.record.is_file(), sorted(path.name for path in self.out.glob("*"))
+        others = [name for name in names if is_image(Path(name)) and name not in SHEETS]
+        if others and not stopped:
             text = "%s holds other images (%s, ...); sheets and folders are written next to them"
             log.warning(text, self.out, others[0])
         super()._begin(settings)
@@ -301,27 +315,9 @@ def _pack(parts: Sequence[Path], shape: tuple[int, ...], out: Path) -> None:
 
 
 # -- comparing settings ----------------------------------------------------------------------------
-def refuse_others(before: object, now: dict, *, images: Path, compared: set[str]) -> None:
-    """UserError, naming the differences, if the current settings are not the recorded ones.
-
-    Args:
-        images: the folder or file of the images.
-        compared: the keys to compare.
-    """
-    known = before if isinstance(before, dict) else {}
-    changes = _changes(before, now, compared)
-    if any(change.startswith("weights.") for change in changes):
-        changes.insert(0, f"{_who(known)} there, {_who(now)} now")
-    if changes:
-        raise UserError(
-            f"{images} holds images drawn with other settings ({'; '.join(changes)}); "
-            "give another --out, or delete it"
-        )
-
-
-def _changes(before: object, now: dict, compared: set[str]) -> list[str]:
-    known = before if isinstance(before, dict) else {}
-    there, here = (dict(_flat({k: d.get(k) for k in compared})) for d in (known, now))
+def _changes(before: dict, now: dict, compared: set[str]) -> list[str]:
+    now = json.loads(json.dumps(now))  # as it is recorded: without tuples
+    there, here = (leaves({k: d.get(k) for k in compared}) for d in (before, now))
     return [
         f"{key} {_shown(there.get(key))} there, {_shown(here.get(key))} now"
         for key in sorted(there.keys() | here.keys())
@@ -333,15 +329,6 @@ def _who(settings: dict) -> str:
     """The model's name, as the program that drew with it recorded it."""
     about = settings.get("about", {})
     return about.get("checkpoint") or about.get("backbone", {}).get("weights") or "another model"
-
-
-def _flat(settings: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """The dotted names and JSON values of nested settings."""
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
 def _shown(value: object) -> str:

@@ -298,5 +298,5 @@ def _stage_codes(path: Path) -> list:
 def _changed(before: list, after: list) -> str:
     """Which codes differ: one bit per code, as hex digits, the first code in the highest bit."""
     bits = "".join("01"[a != b] for a, b in zip(before, after, strict=True))
-    padded = bits + "0" * (-len(bits) % 4)
-    return "".join(f"{int(padded[i : i + 4], 2):x}" for i in range(0, len(padded), 4))
+    digits = -(-len(bits) // 4)
+    return f"{int(bits.ljust(4 * digits, '0'), 2):0{digits}x}"

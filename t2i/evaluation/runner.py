@@ -243,9 +243,7 @@ def run(
                 look_at_names(images, entries, options.scope, out)
 
         processes.on_main(claim)
-        copy: Callable[[], Path] | None = None
-        if images is not None and arrange is not None:
-            copy = arrange(out, processes)
+        copy = arrange(out, processes) if images is not None and arrange is not None else None
         model, draw = None, None
         if images is None:  # refuse an unsuitable model before a judge is downloaded
             model = options.load(processes.device, dtype)

@@ -12,6 +12,7 @@ from mmap import MAP_SHARED
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from t2i.files import replacing, write_json
@@ -96,26 +97,17 @@ class RandomWeights:
         self, folder: Path, shapes: Shapes, dtype: torch.dtype, *, most: int = 5 * 10**9
     ) -> None:
         """Write model.safetensors, or shards with an index, in transformers' layout."""
-        shards: list[dict[str, tuple[int, ...]]] = [{}]
-        size = 0
-        for name, shape in shapes.items():
-            own = math.prod(shape) * dtype.itemsize
-            if shards[-1] and size + own > most:
-                shards.append({})
-                size = 0
-            shards[-1][name] = shape
-            size += own
-        if len(shards) == 1:
-            self.safetensors(folder / "model.safetensors", shapes, dtype)
-            return
-        places: dict[str, str] = {}
-        for number, shard in enumerate(shards, start=1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self.safetensors(folder / file, shard, dtype)
-            places |= dict.fromkeys(shard, file)
-        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        write_json(folder / "model.safetensors.index.json", index)
+        split = split_state_dict_into_shards_factory(
+            dict(shapes),
+            get_storage_size=lambda shape: math.prod(shape) * dtype.itemsize,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=most,
+        )
+        for file, names in split.filename_to_tensors.items():
+            self.safetensors(folder / file, {name: shapes[name] for name in names}, dtype)
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            write_json(folder / "model.safetensors.index.json", index)
 
     def _blocks(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
         count = math.prod(shape)

@@ -169,21 +169,19 @@ def _ask_all(
     pool: Pool, judges: Sequence[BaseProcess], name: str, images: Images, entries: Entries
 ) -> list:
     """A reward's values, computed by all judges, each for its share of the images."""
-    count = len(judges)
-    shares = [range(len(images))[i::count] for i in range(min(count, len(images)))]
-    asked = [(name, [images[i] for i in s], [entries[i] for i in s]) for s in shares]
-    answers: list = [None] * len(images)
+    count = min(len(judges), len(images))
+    asked = [(name, images[i::count], entries[i::count]) for i in range(count)]
     answering = pool.starmap_async(_ask_one, asked)
     while not answering.ready():
         # A pool replaces a dead process, but waits forever for the dead one's answer.
         if dead := [judge.exitcode for judge in judges if judge.exitcode is not None]:
             raise RuntimeError(f"a judging process ended unexpectedly (exit code {dead[0]})")
         answering.wait(0.2)
-    for share, given in zip(shares, answering.get(), strict=True):
-        if len(given) != len(share):
-            raise ValueError(f"{len(given)} numbers for {len(share)} images")
-        for place, value in zip(share, given, strict=True):
-            answers[place] = value
+    answers: list = [None] * len(images)
+    for i, given in enumerate(answering.get()):
+        if len(given) != (share := len(asked[i][1])):
+            raise ValueError(f"{len(given)} numbers for {share} images")
+        answers[i::count] = given
     return answers
 
 

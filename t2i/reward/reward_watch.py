@@ -52,27 +52,21 @@ class WatchedBenchmarks:
     def __init__(self, config: RewardConfig, panel: Panel, processes: Processes):
         self._config, self._panel, self._processes = config, panel, processes
         options = config.reward
+        # All but dpg share one set of images.
+        self._benchmarks = {n: "dpg" if n == "dpg" else "geneval" for n in options.watch}
         self._entries: dict[str, list[dict]] = {}
-        by_benchmark: dict[str, str] = {}
-        for name in options.watch:
-            kind = "dpg" if name == "dpg" else "geneval"  # all but dpg share one set of images
-            first = by_benchmark.setdefault(kind, name)
-            if first == name:
-                self._entries[name] = benchmark_of(name, options.world, options.watch_prompts)
-            else:
-                self._entries[name] = self._entries[first]
-            panel.check(self._entries[name], [name])
+        for name, kind in self._benchmarks.items():
+            if kind not in self._entries:
+                self._entries[kind] = benchmark_of(name, options.world, options.watch_prompts)
+            panel.check(self._entries[kind], [name])
 
     def __call__(self, model: TensorAR) -> dict[str, float]:
         """Mean rewards, and the diversity of images of the first benchmark."""
         found: dict[str, float] = {}
-        drawn: dict[int, Any] = {}
-        for name, entries in self._entries.items():
-            if id(entries) not in drawn:
-                drawn[id(entries)] = self._draw(model, entries)
-            images = drawn[id(entries)]
-            asked = [entries[one.prompt_index] for one in images]
-            pictures = [one.image for one in images]
+        drawn = {kind: self._draw(model, entries) for kind, entries in self._entries.items()}
+        for name, kind in self._benchmarks.items():
+            asked = [self._entries[kind][one.prompt_index] for one in drawn[kind]]
+            pictures = [one.image for one in drawn[kind]]
             values = together(self._processes, partial(self._panel.judge, name, pictures, asked))
             every = [value for share in values for value in share]
             found[f"watch/{name}"] = sum(every) / len(every)

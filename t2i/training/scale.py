@@ -86,7 +86,10 @@ def _time_lines(config: TrainConfig, cluster: Cluster, plan: Plan, flops: float)
     images = plan.steps * config.batch_size
     rate = cluster.images_per_second or cluster.gpus * FLOPS / flops
     training = images / rate
-    encoding = _encoding_seconds(cluster, views_of(config.data).count)
+    encoding = None
+    if cluster.encoded_per_second is not None:
+        views = int(cluster.images) * views_of(config.data).count
+        encoding = views / (cluster.encoded_per_second * cluster.gpus)
     in_all = training + (encoding or 0)
     if cluster.hours is not None and in_all > 3600 * cluster.hours:
         of_it = "" if encoding is None else f" ({readable_time(encoding)} of it to encode the data)"
@@ -155,10 +158,3 @@ def _shard_lines(cluster: Cluster, samples: int, size: float) -> list[str]:
         f"{readable_size(size / shards)} each",
         f"{each} shards are encoded by each process",
     ]
-
-
-def _encoding_seconds(cluster: Cluster, views: int) -> float | None:
-    """Seconds to encode all images; None if the speed is not given."""
-    if cluster.encoded_per_second is None:
-        return None
-    return int(cluster.images) * views / (cluster.encoded_per_second * cluster.gpus)

@@ -1,12 +1,10 @@
 """The model that a run trains: a published base with a fresh codec, or an earlier run's weights."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from t2i.checkpoint import load_stored_backbone, stored_part, stored_source, trained_parts
 from t2i.checkpoint_folders import (
@@ -59,7 +57,7 @@ def build_model(
             earlier, options, resumed=resumed is not None, base=base, device=device, dtype=dtype
         )
     else:
-        files = base_files(**{**asdict(options), "weights": earlier})
+        files = base_files(**asdict(options))
         backbone = load_source(files, device=device, dtype=dtype)
     model = TensorAR(backbone, config.method, seed=config.seed)
     if resumed is None and is_checkpoint(earlier):
@@ -67,7 +65,10 @@ def build_model(
     backbone.requires_grad_(False)
     if config.tuning == "lora":
         add_lora(backbone, config.lora, seed=config.seed)
-    for module in _trained_whole(backbone, config):
+    whole = backbone.trained_modules() if config.tuning == "full" else ()
+    if config.train_image_layers:
+        whole = tuple(backbone.image_layers().values())
+    for module in whole:
         module.requires_grad_(True)
     backbone.token_dropout.p = config.token_dropout
     backbone.gradient_checkpointing = config.engine.gradient_checkpointing
@@ -77,13 +78,6 @@ def build_model(
     check_sampling(model, model.sampling)  # now, since the first sheet may come hours later
     model.trained = trained_parts(config.tuning, config.train_image_layers)
     return model
-
-
-def _trained_whole(backbone: Backbone, config: TrainConfig) -> Sequence[nn.Module]:
-    """The backbone's modules that are trained whole."""
-    if config.tuning == "full":
-        return backbone.trained_modules()
-    return tuple(backbone.image_layers().values()) if config.train_image_layers else ()
 
 
 def start_from(

@@ -124,7 +124,7 @@ class StoredState:
     """
 
     def __init__(self, folder: Path, model: nn.Module):
-        self.folder, self._model = folder, model
+        self.folder, self._parameters = folder, trained(model)
         self._where: dict[str, safe_open] = {}
         try:
             for path in sorted(folder.glob("*.safetensors")):
@@ -137,7 +137,7 @@ class StoredState:
                 f"{folder.parent} was saved by an older version and cannot be resumed by this one; "
                 f"start a new run_dir from its weights, with --backbone.weights {folder.parent}"
             )
-        shapes = {name: tuple(p.shape) for name, p in self._parameters()}
+        shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
         stored = {
             key.removesuffix(f"/{WEIGHT}"): tuple(file.get_slice(key).get_shape())
             for key, file in self._where.items()
@@ -149,9 +149,6 @@ class StoredState:
                 f"{folder} does not match this model's trained parameters: {shorten(sorted(other))}"
             )
 
-    def _parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        return trained(self._model).items()
-
     def _get(self, name: str, kind: str) -> Tensor | None:
         file = self._where.get(f"{name}/{kind}")
         return None if file is None else file.get_tensor(f"{name}/{kind}")
@@ -159,7 +156,7 @@ class StoredState:
     @torch.no_grad()
     def load_weights(self) -> None:
         """Copy the weights into the model, before an engine wraps it."""
-        for name, p in self._parameters():
+        for name, p in self._parameters.items():
             weight = self._get(name, WEIGHT)
             assert weight is not None, "names are compared in __init__"
             p.copy_(weight)
@@ -168,7 +165,7 @@ class StoredState:
         """The moving averages of the weights; empty if there are none."""
         return {
             name: value.to(p.device)
-            for name, p in self._parameters()
+            for name, p in self._parameters.items()
             if (value := self._get(name, AVERAGE)) is not None
         }
 
@@ -181,7 +178,7 @@ class StoredState:
             self._load_shards(engine)
 
     def _load_whole(self, optimizer: torch.optim.AdamW) -> None:
-        for name, p in self._parameters():
+        for name, p in self._parameters.items():
             if (step := self._get(name, STEP)) is None:
                 continue
             moments = {kind: self._get(name, kind) for kind in MOMENTS}
@@ -190,15 +187,15 @@ class StoredState:
 
     def _load_shards(self, engine) -> None:
         optimizer, sharded = _adamw(engine), engine.optimizer
-        steps = [step for name, _ in self._parameters() if (step := self._get(name, STEP))]
+        steps = [step for name in self._parameters if (step := self._get(name, STEP))]
         step = max(steps, default=torch.tensor(0.0))
         # Make the moments now, which DeepSpeed would do at the first step.
         flat = [p for group in optimizer.param_groups for p in group["params"]]
         for shard in getattr(sharded, "fp32_partitioned_groups_flat", flat):  # ZeRO-3's name
             empty = {kind: torch.zeros_like(shard, requires_grad=False) for kind in MOMENTS}
             optimizer.state[shard] = {STEP: step.to(shard.device, copy=True), **empty}
-        _link(engine, (p for _, p in self._parameters()))
-        for name, p in self._parameters():
+        _link(engine, self._parameters.values())
+        for name, p in self._parameters.items():
             for kind in (WEIGHT, *MOMENTS):
                 if (value := self._get(name, kind)) is not None:
                     _set_share(p, value, kind)

@@ -260,9 +260,10 @@ class SidecarFolder(Source):
         captions = [path for path in files if _is_caption_file(path)]
         strange = {path for path in captions if not _may_be_caption(path.resolve())}
         self._texts = _match_captions(images, [path for path in captions if path not in strange])
-        bare = {p for image, text in self._texts.items() if text is None for p in _stems(image)}
+        bare = [image for image, text in self._texts.items() if text is None]
+        stems = {*bare, *(image.with_suffix("") for image in bare)}  # of a.png.txt and a.json
         texts = [path for path in files if path.suffix.lower() in _TEXTS and path not in strange]
-        beside = [path for path in texts if path.with_suffix("") in bare]
+        beside = [path for path in texts if path.with_suffix("") in stems]
         if not any(self._texts.values()):
             lookalikes = [path.name for path in files if _looks_like_metadata(path)][:5]
             hint = f". Is one of these the metadata: {', '.join(lookalikes)}?" if lookalikes else ""
@@ -334,11 +335,6 @@ def _may_be_caption(target: Path) -> bool:
     name files by hashes, which an attacker who wants to have a certain file shown cannot guess.
     """
     return _is_caption_file(target) or _HASH.fullmatch(target.name) is not None
-
-
-def _stems(image: Path) -> tuple[Path, Path]:
-    """The names, without suffix, that a file next to the image may have: a.json and a.png.txt."""
-    return image.with_suffix(""), image
 
 
 def _not_read(folder: Path, path: Path) -> str:

@@ -196,10 +196,6 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
 
 
-def _as_codes(tokens: list[int]) -> Tensor:
-    return torch.tensor(tokens)[None, :, None]
-
-
 def _load(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
@@ -234,7 +230,7 @@ class JsonlCodes(Source):
         ends = np.concatenate([[0], *breaks])
         self._ends = ends if ends[-1] == len(self._bytes) else np.append(ends, len(self._bytes))
         self._positions: int | None = None
-        self._positions = len(self._parse(0)[1])
+        self._positions = self._parse(0)[1].shape[1]
         identity = {"kind": "jsonl", "vocab": vocab, "num_classes": num_classes}
         super().__init__(str(path), identity, len(self._ends) - 1)
 
@@ -242,22 +238,18 @@ class JsonlCodes(Source):
         return [("codes.jsonl", self._path)]
 
     def __getitem__(self, index: int) -> Sample:
-        label, tokens = self._parse(index)
-        return Sample(index, f"line {index + 1}", _as_codes(tokens), [], label=label)
-
-    def codes(self, index: int) -> Tensor:
-        """int64 [1, T, 1] of a line."""
-        return _as_codes(self._parse(index)[1])
+        label, codes = self._parse(index)
+        return Sample(index, f"line {index + 1}", codes, [], label=label)
 
     def check_some(self, check_codes: Callable[[Tensor], None]) -> None:
         """Check a sample of lines, spread evenly from the first to the last. UserError for one that
         is damaged or whose codes are refused.
         """
         for index in _some(len(self._ends) - 1):
-            check_codes(self.codes(index))
+            check_codes(self._parse(index)[1])
 
-    def _parse(self, index: int) -> tuple[int, list[int]]:
-        """The label and the tokens of a line."""
+    def _parse(self, index: int) -> tuple[int, Tensor]:
+        """The label and the codes int64 [1, T, 1] of a line."""
         where = f"{self._path} line {index + 1}"
         try:
             content = json.loads(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
@@ -272,4 +264,4 @@ class JsonlCodes(Source):
                 f"{where}: class {label!r} and {len(tokens)} tokens; expected a class below "
                 f"{self._num_classes} and {self._positions or 'some'} tokens below {self._vocab}"
             )
-        return label, tokens
+        return label, torch.tensor(tokens)[None, :, None]

@@ -107,7 +107,7 @@ class TarSource(Source):
         read = [(self._captions(entry), _read_json(entry.parts["json"])) for entry in both]
         for name in CAPTION_COLUMNS:
             others = ((text, row[name]) for text, row in read if row.get(name) is not None)
-            if any(_differ(*pair) for pair in others):
+            if any(read_captions(one)[0] != read_captions(other)[0] for one, other in others):
                 yield f"captions are read from {self._caption}, not from json.{name}, which differs"
 
     def files(self) -> list[tuple[str, Path]]:
@@ -221,10 +221,6 @@ def _index(path: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
     if not complete:
         left_out.append((printable(path.name), "truncated archive"))
     return entries, left_out
-
-
-def _differ(one: Any, other: Any) -> bool:
-    return read_captions(one)[0] != read_captions(other)[0]
 
 
 def _read_json(where: FileSlice) -> dict[str, Any]:

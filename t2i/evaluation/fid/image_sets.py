@@ -24,7 +24,6 @@ from t2i.lfs import refuse_pointers
 
 _SAMPLE = re.compile(r"(^|/)\d{5}/samples/[^/]+$")
 _RECORDS = ("generation.json", "settings.json")  # written by drawing into a folder of images
-_IMAGES_MEMBER = "arr_0.npy"
 _LARGEST_ARRAY = 1 << 30
 """Limit in bytes for arrays that are read at once, such as statistics; images are streamed."""
 _BROKEN = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError)
@@ -41,7 +40,7 @@ class NpzImages:
 
     def __init__(self, path: Path):
         self.path = path
-        with _open_member(path, _IMAGES_MEMBER) as file:
+        with _open_images(path) as file:
             shape, order, dtype = _read_header(file)
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or order or not all(shape):
             layout = "Fortran order " if order else ""
@@ -56,7 +55,7 @@ class NpzImages:
     def batches(self, size: int) -> Iterator[list[np.ndarray]]:
         """uint8 images [H, W, 3], at most `size` at a time, in file order."""
         bytes_per_image = int(np.prod(self.shape))
-        with _open_member(self.path, _IMAGES_MEMBER) as file:
+        with _open_images(self.path) as file:
             _read_header(file)
             for start in range(0, self.count, size):
                 count = min(size, self.count - start)
@@ -155,13 +154,11 @@ def _read_image(path: Path) -> np.ndarray:
 
 
 @contextmanager
-def _open_member(path: Path, name: str) -> Iterator[IO[bytes]]:
-    if name.removesuffix(".npy") not in (names := npz_arrays(path)):
-        raise UserError(
-            f"{path} has no {name.removesuffix('.npy')}; it holds {', '.join(sorted(names))}"
-        )
+def _open_images(path: Path) -> Iterator[IO[bytes]]:
+    if "arr_0" not in (names := npz_arrays(path)):
+        raise UserError(f"{path} has no arr_0; it holds {', '.join(sorted(names))}")
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(name) as file:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             yield file
     except UserError:
         raise
