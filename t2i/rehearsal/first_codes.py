@@ -25,6 +25,7 @@ class FirstCodes(DrawingModelOptions):
     """Number of calls of the model to time, after a first one that is not timed."""
 
     def __post_init__(self):
+        super().__post_init__()
         check_counts(calls=self.calls)
 
 
