@@ -25,6 +25,8 @@ from t2i.data.images import ImageRules
 from t2i.data.samples import read_captions
 from t2i.data.store import CodeStore
 from t2i.errors import UserError
+from t2i.training.config import DataOptions
+from t2i.training.open_data import open_data
 
 
 # -- 14: captions that cleaning empties ------------------------------------------------------------
@@ -56,6 +58,22 @@ def test_unreadable_captions(tmp_path):
     write_metadata(tmp_path / "data", [{"file_name": "0.png", "text": "\u5706"}])
     with pytest.raises(UserError, match=rf"no usable sample .*1 {UNREADABLE} \(0\.png\)"):
         build(open_source(tmp_path / "data"), tmp_path / "cache", caption_notes=notes)
+
+
+def test_a_trigger_does_not_make_a_caption_readable(tmp_path):
+    """Case 14: with trigger words, samples used to be trained on these words alone."""
+    write_images(tmp_path / "data", 3)
+    values = ["a dot", "\u5706", ["\u5706", "xyz"]]
+    rows = [{"file_name": f"{i}.png", "text": v} for i, v in enumerate(values)]
+    write_metadata(tmp_path / "data", rows)
+    source = open_data(DataOptions(source=str(tmp_path / "data"), trigger="xyz"))
+    survey, usable = survey_source(source, caption_notes=read_no_chinese, rules=ImageRules(8))
+    assert [sample.captions for sample in usable] == [["xyz, a dot"], ["xyz"]]
+    assert survey.keys == {UNREADABLE: ["1.png"]} and survey.noted == {UNREADABLE: ["2.png"]}
+
+
+def read_no_chinese(captions):
+    return [[] if c.replace("\u5706", "").strip() else None for c in captions]
 
 
 @pytest.mark.parametrize("family", ["llamagen", "janus"])

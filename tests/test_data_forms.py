@@ -247,3 +247,21 @@ def test_mixed_folders_are_ambiguous(tmp_path):
     for given in (tmp_path, tmp_path / "*"):
         with pytest.raises(ValueError, match=words):
             open_source(given)
+
+
+def test_shards_of_img2dataset(tmp_path):
+    """It writes a list of each shard, without images, next to the shard's tar or folder."""
+    shard = {"0.png": picture(0), "0.txt": "a dot", "0.json": '{"caption": "a dot"}'}
+    for kind in ("tars", "folders"):
+        root = tmp_path / kind
+        write_parquet(root / "00000.parquet", {"url": ["http://x"], "caption": ["a dot"]})
+        (root / "00000_stats.json").write_text("{}")
+        if kind == "tars":
+            write_tar(root / "00000.tar", shard)
+        else:
+            write_images(root / "00000", 1)
+            (root / "00000" / "0.txt").write_text("a dot")
+        for given in (root, root / "0*") if kind == "tars" else (root,):
+            source = open_source(given)
+            assert captions(source) == [["a dot"]]
+            assert not source.left_out

@@ -218,14 +218,19 @@ def test_a_kill_before_the_best_model_is_kept(tiny_world, monkeypatch):
 @pytest.mark.parametrize("stage", [0, rare(3)])
 def test_the_sheet_of_the_step_where_a_run_stopped(tiny_world, stage):
     """Resuming draws it; it used to be left out. Under ZeRO-3 sheets belong to the regular
-    checkpoints.
+    checkpoints. A run that is stopped in its last step draws the last sheet before it ends.
     """
+
+    def stop(run: Run) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
     name = f"sheets-stopped-{stage}"
     options = {"log__sample_every": 1, "log__save_every": 1, "engine__zero_stage": stage}
     options |= {"batch_size": 4, "log__prompts": ("a red circle",)}
-    with pytest.raises(Stopped), before_step(0, lambda run: os.kill(os.getpid(), signal.SIGTERM)):
+    with pytest.raises(Stopped), before_step(0, stop):
         train(tiny_run(tiny_world, name, steps=2, **options))
-    train(tiny_run(tiny_world, name, steps=2, resume=True, **options))
+    with before_step(1, stop):
+        train(tiny_run(tiny_world, name, steps=2, resume=True, **options))
     sheets = sorted((tiny_world / "runs" / name / "samples").iterdir())
     assert [sheet.name for sheet in sheets] == ["step_000001.png", "step_000002.png"]
     # As after a kill between the last checkpoint and its sheet: the page shows what is drawn now.

@@ -34,7 +34,10 @@ def drop_unreadable(sample: Sample, caption_notes: CaptionNotes | None) -> Sampl
     """The sample without captions that the encoder cannot read, and with notes on all losses."""
     if caption_notes is None or not sample.captions:
         return sample
-    found = caption_notes(sample.captions)
+    found = list(caption_notes(sample.captions))
+    if sample.before:  # trigger words can be read, but do not make up for a caption that cannot
+        read = caption_notes(sample.before)
+        found = [None if own is None else lost for lost, own in zip(found, read, strict=True)]
     kept = [c for c, lost in zip(sample.captions, found, strict=True) if lost is not None]
     if not kept:
         return replace(sample, captions=[], problem=UNREADABLE)

@@ -51,6 +51,7 @@ class Sample:
         problem: why there is no usable caption.
         notes: what is unusual about a sample that is used anyway.
         label: the image's class; None if it has captions.
+        before: the captions before they were rewritten; empty if they were not.
     """
 
     index: int
@@ -60,6 +61,7 @@ class Sample:
     problem: str = "no caption"
     notes: tuple[str, ...] = ()
     label: int | None = None
+    before: tuple[str, ...] = ()
 
 
 class Source:
@@ -116,7 +118,8 @@ class RewrittenSource(Source):
         return map(self._rewritten, self._source)
 
     def _rewritten(self, sample: Sample) -> Sample:
-        return replace(sample, captions=list(map(self._rewrite, sample.captions)))
+        rewritten = list(map(self._rewrite, sample.captions))
+        return replace(sample, captions=rewritten, before=tuple(sample.captions))
 
 
 def make_sample(index: int, key: str, image: ImageRef, captions: Any) -> Sample:

@@ -362,7 +362,8 @@ def _train(run: Run) -> Path:
                 run.save()
             if validated:  # after the checkpoint, which matters more if the disk is full
                 run.keep_if_best(metrics)
-            if run.sheet_due() and not run.stop_agreed:  # resuming draws it
+            stopped = run.stop_agreed and run.step < plan.steps
+            if run.sheet_due() and not stopped:  # resuming draws it
                 run.sample_sheet()
             if run.processes.is_main and (validated or saved):
                 refresh_run_page(config.run_dir)

@@ -50,7 +50,9 @@ def open_data(options: DataOptions) -> Source:
         source = open_source(options)
     if options.trigger is None:
         return source
-    return RewrittenSource(source, options.with_trigger, {"trigger": options.trigger})
+    # The second entry: earlier stores hold captions of which only the trigger words were read.
+    identity = {"trigger": options.trigger, "only_trigger": "skipped"}
+    return RewrittenSource(source, options.with_trigger, identity)
 
 
 def _refuse_without_effect(options: DataOptions, world: str) -> None:

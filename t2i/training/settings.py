@@ -16,7 +16,9 @@ from t2i.training.engine import deepspeed_config
 log = logging.getLogger(__name__)
 
 ROUNDING = ("engine.zero_stage", "engine.precision", "engine.micro_batch", "engine.compile")
-"""May change, like the number of processes: they affect only rounding. A change is warned of."""
+"""May change, like the number of processes: they affect only rounding, and which numbers dropout
+draws. A change is warned of.
+"""
 APPLIED = ("optim", "steps", "epochs", "sampling")
 """May change with a warning; the new value applies from the next step on."""
 FREE = (

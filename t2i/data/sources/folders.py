@@ -180,8 +180,9 @@ class MetadataFolder(Source):
         self._folder, self._outside_images = folder, wanted.outside_images
         self._metadata = metadata
         self._rows = [
-            (str(path.parent.relative_to(folder)), row)
+            (parent, row)
             for path in metadata
+            for parent in [str(path.parent.relative_to(folder))]  # once, not for each row
             for row in read_json_lines(path)
         ]
         if not self._rows:

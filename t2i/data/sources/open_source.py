@@ -116,6 +116,7 @@ def _find_files(source: str, split: str) -> _Found:
         return _find_in_folder(given.resolve(), split)
     path = given.parent.resolve() / given.name  # a link's own name shows the format
     names = [path] if path.exists() else sorted(Path(name) for name in glob.glob(str(path)))
+    names = [name for name in names if name == path or not _is_list(name)]
     files = [name for name in names if name.is_file()]
     left_out = [
         (printable(name.name), "broken link" if name.is_symlink() else "not a regular file")
@@ -143,6 +144,7 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
     Parquet and tar files are assigned to splits by their own paths.
     """
     files, left_out = walk(folder)
+    files = [path for path in files if not _is_list(path)]
     if any(map(_is_table, files)):
         chosen, others = _tables_of_split(folder, files, split)
         return _Found(folder, chosen, left_out + others)
@@ -209,6 +211,15 @@ def _sub_folders(folder: Path, data: Sequence[Path]) -> tuple[Path, Counter[str]
 
 def _is_table(path: Path, *suffixes: str) -> bool:
     return path.suffix.lower() in (suffixes or TABLE_SUFFIXES)
+
+
+def _is_list(path: Path) -> bool:
+    """Whether this is a parquet file that img2dataset writes beside a shard (a tar or a folder): it
+    lists addresses and captions, and holds no images.
+    """
+    if not _is_table(path, ".parquet") or not path.with_name(f"{path.stem}_stats.json").is_file():
+        return False
+    return path.with_suffix(".tar").is_file() or path.with_suffix("").is_dir()
 
 
 def _in_split(name: Path, split: str) -> bool:
