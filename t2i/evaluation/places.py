@@ -301,6 +301,10 @@ def _pack(parts: Sequence[Path], shape: tuple[int, ...], out: Path) -> None:
 
 
 # -- comparing settings ----------------------------------------------------------------------------
+_UNRECORDED = {"model"}
+"""Settings that earlier versions did not record; their folders are still continued."""
+
+
 def refuse_others(before: object, now: dict, *, images: Path, compared: set[str]) -> None:
     """UserError, naming the differences, if the current settings are not the recorded ones.
 
@@ -321,6 +325,7 @@ def refuse_others(before: object, now: dict, *, images: Path, compared: set[str]
 
 def _changes(before: object, now: dict, compared: set[str]) -> list[str]:
     known = before if isinstance(before, dict) else {}
+    compared = compared - (_UNRECORDED - known.keys())
     there, here = (dict(_flat({k: d.get(k) for k in compared})) for d in (known, now))
     return [
         f"{key} {_shown(there.get(key))} there, {_shown(here.get(key))} now"
