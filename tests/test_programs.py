@@ -26,7 +26,7 @@ from t2i.errors import UserError
 from t2i.evaluation import draw
 from t2i.evaluation.fid.image_sets import open_images
 from t2i.evaluation.generation_folder import GENERATION_FILE, sample_file
-from t2i.files import owning, write_json
+from t2i.files import owning, read_json, write_json
 from t2i.imaging import save_png
 from t2i.model_options import BaseOptions, ModelOptions
 
@@ -299,6 +299,25 @@ def test_another_request_for_the_same_folder_is_refused(draws, plain, tiny_world
     assert "without generation.json" in refused(
         generate, capsys, *base, *request[:4], "--out", "mine"
     )
+
+
+def test_images_of_another_grid_are_not_continued(draws, tiny_world, capsys):
+    """A renamed weight file does not tell its grid. After a wrong one, the command with the right
+    one used to end with the wrong images, and without a word.
+    """
+    base = ("--ckpt", tiny_world / "base")
+    request = (*base, "--prompt", "a red circle", "--samples", 1, "--out", "o")
+    draws(*request, "--base.grid", 2, 8)
+    text = refused(generate, capsys, *request, "--base.grid", 4, 4)
+    assert "model.grid [2, 8] there, [4, 4] now" in text
+    rounded = ("--base.grid", 2, 8, "--base.text-encoder-dtype", "bfloat16")
+    other = refused(generate, capsys, *request, *rounded)
+    assert "model.text_encoder_dtype 'float32' there, 'bfloat16' now" in other
+    record = Path("o", GENERATION_FILE)
+    before = read_json(record)
+    del before["model"]  # as earlier versions wrote it: their folders are continued
+    write_json(record, before)
+    draws(*request, "--base.grid", 2, 8)
 
 
 def test_stages_are_added_to_a_folder(draws, plain):

@@ -26,6 +26,7 @@ from t2i.generation import (
     draw_images,
     parse_conditions,
 )
+from t2i.models.base import Backbone
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
@@ -37,7 +38,9 @@ from t2i.weights import state_dict_sha256
 
 log = logging.getLogger(__name__)
 
-_MUST_MATCH = {"prompts", "seed", "sampling", "noise", "dtype", "weights", "method"}
+_NAMED = {"prompts", "seed", "sampling", "noise", "dtype", "weights", "method"}
+"""The settings that name a folder by default."""
+_MUST_MATCH = _NAMED | {"model"}
 _CODES = 1
 """Used as the sample index: an image's class is drawn from the key without it, its codes from the
 key with it.
@@ -166,10 +169,10 @@ def generation_settings(model: TensorAR, entries: Sequence[dict], options: DrawO
 
 
 def request_hash(model: TensorAR, entries: Sequence[dict], options: DrawOptions) -> str:
-    """A short hash of all settings that must match within a folder of images."""
+    """A short hash of the settings that name a folder of images."""
     settings = generation_settings(model, entries, options)
     # Empty settings are left out, so that folders keep the names they had before a setting existed.
-    present = {key: settings[key] for key in _MUST_MATCH if settings[key] != {}}
+    present = {key: settings[key] for key in _NAMED if settings[key] != {}}
     return json_sha256(present)[:8]
 
 
@@ -187,6 +190,7 @@ def image_settings(model: TensorAR, options: DrawOptions) -> dict:
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "weights": weights_hashes(model),
         "method": _unusual_method(model, options.sampling or model.sampling),
+        "model": _unseen_in_weights(model.backbone),
         "batch_size": options.batch_size,
     }
 
@@ -197,6 +201,14 @@ def _unusual_method(model: TensorAR, sampling: SamplingConfig) -> dict:
     if sampling.renoise:
         names += ["noise", "schedule", "noise_floor"]
     return {name: getattr(method, name) for name in names if method.k > 1}
+
+
+def _unseen_in_weights(backbone: Backbone) -> dict:
+    """How the backbone's weights are used: the same ones draw other images on another grid."""
+    facts: dict = {"grid": list(backbone.spec.grid), "heads": backbone.spec.num_heads}
+    if backbone.frozen.text_encoder is not None and backbone.source is not None:
+        facts["text_encoder_dtype"] = backbone.source.text_encoder_dtype
+    return facts
 
 
 def weights_hashes(model: TensorAR) -> dict[str, str]:

@@ -315,8 +315,13 @@ def _pack(parts: Sequence[Path], shape: tuple[int, ...], out: Path) -> None:
 
 
 # -- comparing settings ----------------------------------------------------------------------------
+_UNRECORDED = {"model"}
+"""Settings that earlier versions did not record; their folders are still continued."""
+
+
 def _changes(before: dict, now: dict, compared: set[str]) -> list[str]:
     now = json.loads(json.dumps(now))  # as it is recorded: without tuples
+    compared = compared - (_UNRECORDED - before.keys())
     there, here = (leaves({k: d.get(k) for k in compared}) for d in (before, now))
     return [
         f"{key} {_shown(there.get(key))} there, {_shown(here.get(key))} now"
