@@ -5,9 +5,11 @@ averages, the best model, sheets.
 import logging
 import os
 import signal
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -33,6 +35,8 @@ from t2i.processes import ALONE
 from t2i.shapes.shapes_source import write_dataset
 from t2i.training.batches import TrainingData
 from t2i.training.check import check
+from t2i.training.config import TrainConfig
+from t2i.training.logs import MetricsLog
 from t2i.training.loop import BEST_BY, Run, train
 from t2i.training.start import build_model
 from t2i.training.validation import validate
@@ -256,3 +260,15 @@ def test_resume_without_a_checkpoint(tiny_world, monkeypatch):
         file.write('{"step": 3, "train/lo')  # cut off in the middle of a line
     train(tiny_run(tiny_world, "killed-early", resume=True))
     assert [row["step"] for row in metrics(tiny_world, "killed-early")] == [1, 2, 3]
+
+
+def test_tensorboard_shows_steps_that_are_repeated_once(tmp_path, monkeypatch):
+    """Its files keep what was logged after the last checkpoint; a purge hides that."""
+    given = []
+    module = ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = lambda place, purge_step: given.append((place, purge_step))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("t2i.training.logs.find_spec", lambda name: name)
+    for step in (0, 3):
+        MetricsLog(replace(TrainConfig(), run_dir=tmp_path), step)
+    assert given == [(str(tmp_path / "tensorboard"), 1), (str(tmp_path / "tensorboard"), 4)]

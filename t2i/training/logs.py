@@ -31,7 +31,7 @@ class MetricsLog:
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         last = kept[-1] if kept and kept[-1]["step"] == start_step else {}
         self.validated = last if any(name.startswith("validation/") for name in last) else None
-        self.tracker = _start_tracker(config)
+        self.tracker = _start_tracker(config, start_step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record values after optimizer step number `step` (1 is the first)."""
@@ -71,12 +71,15 @@ def choose_tracker(name: str) -> str:
     return name
 
 
-def _start_tracker(config: TrainConfig) -> Callable[[int, dict[str, float]], object] | None:
+def _start_tracker(
+    config: TrainConfig, start_step: int
+) -> Callable[[int, dict[str, float]], object] | None:
     name, run_dir = choose_tracker(config.log.tracker), config.run_dir
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(run_dir / "tensorboard"))
+        # Steps that a resumed run repeats are shown once.
+        writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
         def write(step: int, values: dict[str, float]) -> None:
             for name, value in values.items():
