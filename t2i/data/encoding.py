@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, groupby, islice, pairwise
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -313,8 +313,11 @@ def load_ahead(
     with ThreadPoolExecutor(_DECODE_THREADS) as pool:
         batches = iter(lambda: list(islice(items, size)), [])
         loading = ((batch, pool.map(load, batch)) for batch in batches)
-        for (batch, loaded), _ in pairwise(chain(loading, [([], iter(()))])):
-            yield batch, list(loaded)
+        current = next(loading, None)
+        while current is not None:
+            following = next(loading, None)
+            yield current[0], list(current[1])
+            current = following
 
 
 # -- the manifest ----------------------------------------------------------------------------------
