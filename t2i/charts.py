@@ -122,13 +122,21 @@ def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
 
 
 # -- drawing ---------------------------------------------------------------------------------------
+def _level(y: float) -> str:
+    """A level's number in the six characters that fit left of the plot: 0.00015 is 1.5e-4."""
+    if not 0 < abs(y) < 1e-3:
+        return f"{y:g}"
+    digits, exponent = f"{y:e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
 def _draw(chart: Chart, frame: _Frame, pen: "_SvgPen | _PngPen") -> None:
     pen.text((_LEFT, 17), chart.title, bold=True)
     pen.text((_LEFT, 36), chart.y_label)
     for y in ticks(frame.y0, frame.y1):
         left, right = frame.place(frame.x0, y), frame.place(frame.x1, y)
         pen.rule(left, right)
-        pen.text((left[0] - 6, left[1] + 4), f"{y:g}", "end")
+        pen.text((left[0] - 6, left[1] + 4), _level(y), "end")
     for x in ticks(frame.x0, frame.x1, whole=frame.whole_x):
         at, _ = frame.place(x, frame.y0)
         pen.rule((at, frame.bottom), (at, frame.bottom + 4))

@@ -67,11 +67,21 @@ def test_one_point_and_equal_values_are_drawn(tmp_path):
 
 def test_levels_of_nearly_equal_values_have_labels_of_their_own(tmp_path):
     """All three used to be "1.03966", cut at the left."""
-    points = ((20.0, 1.0396640), (30.0, 1.0396588))
-    svg, _ = save_chart(Chart("t", "x", "y", (Series("a", points),)), tmp_path / "near")
-    words = [element.text for element in ElementTree.parse(svg).iter() if element.text]
-    levels = [word for word in words if word.startswith("1.0")]
+    levels = [word for word in words_of(tmp_path, 1.0396640, 1.0396588) if word.startswith("1.0")]
     assert len(levels) == len({*levels}) >= 2 and max(map(len, levels)) <= 6
+
+
+def test_levels_of_learning_rates_fit_beside_the_plot(tmp_path):
+    """ "0.00015" was cut at the left."""
+    words = words_of(tmp_path, 1.46e-4, 1.9e-5)
+    assert {"5e-5", "1e-4", "1.5e-4"} <= {*words} and "0.00015" not in words
+
+
+def words_of(tmp_path, *values: float) -> list[str]:
+    """All texts of a chart of these values."""
+    points = tuple((20.0 + i, value) for i, value in enumerate(values))
+    svg, _ = save_chart(Chart("t", "x", "y", (Series("a", points),)), tmp_path / "chart")
+    return [element.text for element in ElementTree.parse(svg).iter() if element.text]
 
 
 # -- what is drawn together ------------------------------------------------------------------------
