@@ -101,6 +101,8 @@ def test_prompts_that_lose_words(family, tiny_world, monkeypatch, caplog):
 
 # -- 15 and 16: what a caption is ------------------------------------------------------------------
 NO_TEXT = "caption holds characters that are not text"
+NO_LETTERS = "caption without letters"
+AS_JSON = "caption is JSON, used as text"
 
 
 @pytest.mark.parametrize(
@@ -114,6 +116,19 @@ NO_TEXT = "caption holds characters that are not text"
         ("r\0e\0d\x07", ["red"], (NO_TEXT,)),
         ("a\tdot \U0001f642", ["a\tdot \U0001f642"], ()),
         ("\u200b \ufeff", [], ()),
+        ("a\u200b red\ufeff \u2068photo\xadgraph\u2069", ["a red photograph"], ()),
+        (
+            "\u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f467",
+            ["\u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f467"],
+            (),
+        ),
+        ('{"caption": "a"}', ['{"caption": "a"}'], (AS_JSON,)),
+        ("{\n'<CAPTION>': 'a'\n}", ["{", "'<CAPTION>': 'a'", "}"], (AS_JSON, NO_LETTERS)),
+        ("a {red|blue} dot [big]", ["a {red|blue} dot [big]"], ()),
+        ("NaN", ["NaN"], ("caption is only 'nan'",)),
+        ("0 0.5 0.5 0.1\na dot", ["0 0.5 0.5 0.1", "a dot"], (NO_LETTERS,)),
+        ("...", ["..."], (NO_LETTERS,)),
+        ("\u4e00", ["\u4e00"], ()),
         (b"\xff\xfe", [], ("caption is not UTF-8",)),
         (7, [], ("caption is not text",)),
         ([["a"], "b"], ["b"], ("caption is not text",)),

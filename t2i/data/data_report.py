@@ -92,17 +92,23 @@ class DataReport:
     @classmethod
     def collect(cls, lines: Iterable[dict], source: Source) -> "DataReport":
         """Build it from the lines of the shards, and from the source's remarks and `left_out`."""
-        report = cls(remarks=list(source.remarks))
+        report, several = cls(remarks=list(source.remarks)), 0
         for line in lines:
             report.seen += 1
             if "reason" in line:
                 report.skipped.append(line)
             else:
                 report.usable += 1
+                several += len(line.get("captions", ())) > 1
                 for note in line.get("notes", ()):
                     report.noted.setdefault(note, []).append(line["key"])
         for key, reason in source.left_out:
             report.skipped.append({"index": None, "key": key, "reason": reason, "detail": ""})
+        if several:
+            report.remarks.append(
+                f"{several} have several captions (lines of a text or items of a list); "
+                "training picks one each time"
+            )
         return report
 
     @property
@@ -200,11 +206,6 @@ def survey_source(
     checked = (drop_unreadable(sample, caption_notes) for sample in samples)
     report, taken = read_samples(checked, source, rules, lambda s, views: (s, picture_hash(views)))
     usable, report.pictures = [s for s, _ in taken], [number for _, number in taken]
-    if several := sum(len(sample.captions) > 1 for sample in usable):
-        report.remarks.append(
-            f"{several} have several captions (lines of a text or items of a list); "
-            "training picks one each time"
-        )
     return report, usable
 
 

@@ -36,6 +36,11 @@ _LINE = re.compile(r"\r\n|\r|\n")
 # Control characters other than white space, lone surrogates, and code points that are not
 # characters.
 _NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+# Soft hyphens, zero-width spaces, byte order marks and direction marks, as web pages and chats leave
+# them. The joiners of emoji and of Persian or Indic words are not among them.
+_INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
+_PLACEHOLDERS = frozenset(("nan", "none", "null", "n/a", "undefined"))
+"""What programs write as text where there is no caption."""
 
 
 @dataclass(frozen=True)
@@ -136,18 +141,21 @@ def read_captions(value: Any) -> tuple[list[str], tuple[str, ...]]:
     The same rule holds for every source (.txt files, tar members, JSON, tables): each line of a
     text is a caption, and a list holds captions or texts; training picks one of several captions
     each time. Captions are stripped and empty ones dropped. Bytes must be UTF-8. Characters that
-    are not text (control characters, lone surrogates) are removed; the first 5,000 characters of a
-    caption and the first 100 captions of a sample are used.
+    are not text (control characters, lone surrogates) are removed, as are invisible ones; the first
+    5,000 characters of a caption and the first 100 captions of a sample are used. A caption that is
+    probably none (JSON, "nan", only numbers) is used, with a note.
     """
     texts: list[str] = []
     notes: dict[str, None] = {}
     for item in value if isinstance(value, list | tuple) else [value]:
         try:
-            lines = _LINE.split(_as_text(item))
+            whole = _INVISIBLE.sub("", _as_text(item))
         except SkipSample as problem:
             notes[problem.reason] = None
             continue
-        for line in lines:
+        if _looks_like_json(whole):
+            notes["caption is JSON, used as text"] = None
+        for line in _LINE.split(whole):
             text = _NO_TEXT.sub("", line).strip()
             if text != line.strip():
                 notes["caption holds characters that are not text"] = None
@@ -155,9 +163,19 @@ def read_captions(value: Any) -> tuple[list[str], tuple[str, ...]]:
                 notes[f"caption of more than {_LONGEST_CAPTION} characters cut"] = None
             if any(unicodedata.category(c)[0] in "LNPS" for c in text):
                 texts.append(text[:_LONGEST_CAPTION].strip())
+                if text.lower() in _PLACEHOLDERS:
+                    notes[f"caption is only {text.lower()!r}"] = None
+                elif not any(map(str.isalpha, text)):
+                    notes["caption without letters"] = None
     if len(texts) > _MOST_CAPTIONS:
         notes[f"captions after the first {_MOST_CAPTIONS} left out"] = None
     return texts[:_MOST_CAPTIONS], tuple(notes)
+
+
+def _looks_like_json(text: str) -> bool:
+    """Whether a program wrote an object or a list where a caption belongs."""
+    text = text.strip()
+    return text[:1] in ("{", "[") and text[-1:] in ("}", "]") and ('"' in text or "'" in text)
 
 
 def _as_text(value: Any) -> str:
