@@ -17,11 +17,15 @@ from t2i.lfs import LFS_POINTER
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 _TEXT_COLUMNS = ("txt", *CAPTION_COLUMNS)  # of tables and tars
 IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp"),
+        *(".tif", ".tiff", ".avif", ".jp2"),
+    )
 )
 UNREAD_SUFFIXES = frozenset(
     (
-        *(".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".exr", ".hdr", ".ppm", ".pgm", ".ico"),
+        *(".heic", ".heif", ".hif", ".jxl", ".jxr", ".svg", ".psd", ".tga", ".exr", ".hdr", ".ico"),
+        *(".ppm", ".pgm", ".pbm", ".pnm"),
         *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
     )
 )
@@ -36,8 +40,8 @@ _LINE = re.compile(r"\r\n|\r|\n")
 # Control characters other than white space, lone surrogates, and code points that are not
 # characters.
 _NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
-# Soft hyphens, zero-width spaces, byte order marks and direction marks, as web pages and chats leave
-# them. The joiners of emoji and of Persian or Indic words are not among them.
+# Soft hyphens, zero-width spaces, byte order marks and direction marks, which web pages and chats
+# leave in texts. The joiners of emoji and of Persian or Indic words are not among them.
 _INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 _PLACEHOLDERS = frozenset(("nan", "none", "null", "n/a", "undefined"))
 """What programs write as text where there is no caption."""

@@ -43,6 +43,10 @@ _OF_SYSTEMS = frozenset(
     ("__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 )
 """Folders that operating systems add, for example for thumbnails or deleted files."""
+_REPEATS = re.compile(r"[1-9]\d{0,2}_\S.*")
+"""Folders as kohya's trainers read them: 10_dog for ten passes over its images."""
+_TABLE = re.compile("meta|caption|prompt|annot", re.IGNORECASE)
+"""In the name of a file that may hold the captions of many images."""
 _SAVED = ("dataset_info.json", "state.json")  # written by Dataset.save_to_disk
 _HASH = re.compile("[0-9a-f]{30,}")
 
@@ -146,6 +150,7 @@ def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) ->
                 f"{len(unread)} text files such as {name_in(folder, unread[0])} are not read: "
                 f"captions are in {METADATA}"
             )
+        source.remarks += _other_tables(folder, files, METADATA)
         return source
     if not images:
         others = [
@@ -288,11 +293,14 @@ class SidecarFolder(Source):
             return "caption without image"
 
         self.left_out = [(name_in(folder, p), reason(p)) for p in captions if p not in used]
-        self.remarks = [
-            f"{name_in(folder, path)} is not read: captions are in the .txt files next to the images"
-            for path in files
-            if path.stem.lower() == "metadata" and _looks_like_metadata(path)
-        ]
+        own = [path for path in files if path.with_suffix("") not in pictured]
+        self.remarks = [*_other_tables(folder, own, "the .txt files next to the images")]
+        parents = {path.parent for path in images}
+        if repeats := sorted(path.name for path in parents if _REPEATS.fullmatch(path.name)):
+            self.remarks.append(
+                f"the number in {printable(repeats[0])}/ is not read: an epoch has every image once, "
+                "not as often as the names of kohya's folders say"
+            )
         named = Counter(path.with_suffix("") for path in images)
         twice = [path for path in images if self._texts[path] and named[path.with_suffix("")] > 1]
         if twice:
@@ -342,6 +350,14 @@ def _not_read(folder: Path, path: Path) -> str:
     base = path.with_suffix("")
     base = base.with_suffix("") if is_image(base) else base
     return f"{name_in(folder, path)} is not read; its caption belongs in {base.name}.txt"
+
+
+def _other_tables(folder: Path, files: Sequence[Path], where: str) -> Iterable[str]:
+    """A remark on files, besides the one that is read, that may hold captions of many images."""
+    others = [path for path in files if path.name != METADATA and _looks_like_metadata(path)]
+    if names := [name_in(folder, path) for path in others if _TABLE.search(path.stem)]:
+        verb = "is" if len(names) == 1 else "are"
+        yield f"{shorten(names, most=3)} {verb} not read: captions are in {where}"
 
 
 def _is_caption_file(path: Path) -> bool:
