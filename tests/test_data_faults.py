@@ -406,6 +406,29 @@ def test_small_images_say_what_is_wanted(tmp_path):
     )
 
 
+def test_images_of_which_little_remains(tmp_path):
+    """A panorama loses most of what its caption says; --check reports it."""
+    sidecars(tmp_path)
+    survey = survey_source(open_source(tmp_path), rules=ImageRules(8))[0]
+    assert survey.lines() == []
+    Image.new("RGB", (30, 10)).save(tmp_path / "1.png")
+    survey = survey_source(open_source(tmp_path), rules=ImageRules(8))[0]
+    assert survey.lines() == [
+        "1 have one side more than twice as long as the other (1.png: 30 x 10 px): the center crop "
+        "cuts off more than half of them, which their captions may describe"
+    ]
+
+
+def test_archives_next_to_images_are_reported(tmp_path):
+    sidecars(tmp_path)
+    for name in ("part2.zip", "old.tar.gz"):
+        (tmp_path / name).touch()
+    said = "old.tar.gz, part2.zip are not unpacked, and not read"
+    assert open_source(tmp_path).remarks == [said]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a dot"}')
+    assert said in open_source(tmp_path).remarks
+
+
 def test_metadata_of_another_encoding_is_named(tmp_path):
     """For UTF-16, which some editors save, it used to be "not JSON: codec can't decode byte
     0x00".

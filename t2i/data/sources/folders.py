@@ -141,6 +141,15 @@ def is_image(path: Path) -> bool:
 
 def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) -> Source:
     """The folder as a source; captions are in its metadata.jsonl or, without one, in .txt files."""
+    opened = _open_folder(folder, files, wanted)
+    if packed := [path for path in files if path.suffix.lower() in PACKED_SUFFIXES]:
+        names = shorten([name_in(folder, path) for path in packed], most=3)
+        verb = "is" if len(packed) == 1 else "are"
+        opened.remarks.append(f"{names} {verb} not unpacked, and not read")
+    return opened
+
+
+def _open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) -> Source:
     images = [path for path in files if is_image(path)]
     metadata = [path for path in files if path.name == METADATA]
     if metadata:
