@@ -102,6 +102,7 @@ def test_prompts_that_lose_words(family, tiny_world, monkeypatch, caplog):
 # -- 15 and 16: what a caption is ------------------------------------------------------------------
 NO_TEXT = "caption holds characters that are not text"
 NO_LETTERS = "caption without letters"
+SETTINGS = "caption holds settings of an image generator"
 AS_JSON = "caption is JSON, used as text"
 
 
@@ -126,6 +127,13 @@ AS_JSON = "caption is JSON, used as text"
         ("{\n'<CAPTION>': 'a'\n}", ["{", "'<CAPTION>': 'a'", "}"], (AS_JSON, NO_LETTERS)),
         ("a {red|blue} dot [big]", ["a {red|blue} dot [big]"], ()),
         ("NaN", ["NaN"], ("caption is only 'nan'",)),
+        ("a dot &amp; a ring", ["a dot &amp; a ring"], ("caption holds HTML",)),
+        ("<b>a dot</b>", ["<b>a dot</b>"], ("caption holds HTML",)),
+        ("a {color} dot", ["a {color} dot"], ("caption holds an unfilled {field}",)),
+        ("a dot --ar 16:9 --v 6", ["a dot --ar 16:9 --v 6"], (SETTINGS,)),
+        ("a dot <lora:x:0.8>", ["a dot <lora:x:0.8>"], (SETTINGS,)),
+        ("a dot\nNegative prompt: blur", ["a dot", "Negative prompt: blur"], (SETTINGS,)),
+        ("a <sks> dot & ring; 3 < 4 -- no", ["a <sks> dot & ring; 3 < 4 -- no"], ()),
         ("0 0.5 0.5 0.1\na dot", ["0 0.5 0.5 0.1", "a dot"], (NO_LETTERS,)),
         ("...", ["..."], (NO_LETTERS,)),
         ("\u4e00", ["\u4e00"], ()),

@@ -43,6 +43,18 @@ _NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\u
 # Soft hyphens, zero-width spaces, byte order marks and direction marks, which web pages and chats
 # leave in texts. The joiners of emoji and of Persian or Indic words are not among them.
 _INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
+_DOUBTS = {
+    "caption holds HTML": re.compile(
+        r"&(?:[a-z]+|#\d+);|</?(?:a|b|br|div|em|i|img|li|p|span)\b[^>]*>"
+    ),
+    "caption holds an unfilled {field}": re.compile(r"\{\w*\}|\[\[\w+\]\]"),
+    "caption holds settings of an image generator": re.compile(
+        r"(?:^| )--(?:ar|v|s|q|niji|stylize|chaos|seed|no|n|w|h) |<(?:lora|lyco|hypernet):|"
+        r"^(?:Negative prompt|Steps): ",
+        re.IGNORECASE,
+    ),
+}
+"""Notes on what captions of web pages, scripts and generators hold besides a description."""
 _PLACEHOLDERS = frozenset(("nan", "none", "null", "n/a", "undefined"))
 """What programs write as text where there is no caption."""
 
@@ -147,7 +159,7 @@ def read_captions(value: Any) -> tuple[list[str], tuple[str, ...]]:
     each time. Captions are stripped and empty ones dropped. Bytes must be UTF-8. Characters that
     are not text (control characters, lone surrogates) are removed, as are invisible ones; the first
     5,000 characters of a caption and the first 100 captions of a sample are used. A caption that is
-    probably none (JSON, "nan", only numbers) is used, with a note.
+    probably none (JSON, "nan", only numbers), or not only a description, is used, with a note.
     """
     texts: list[str] = []
     notes: dict[str, None] = {}
@@ -167,6 +179,7 @@ def read_captions(value: Any) -> tuple[list[str], tuple[str, ...]]:
                 notes[f"caption of more than {_LONGEST_CAPTION} characters cut"] = None
             if any(unicodedata.category(c)[0] in "LNPS" for c in text):
                 texts.append(text[:_LONGEST_CAPTION].strip())
+                notes |= dict.fromkeys(note for note, sign in _DOUBTS.items() if sign.search(text))
                 if text.lower() in _PLACEHOLDERS:
                     notes[f"caption is only {text.lower()!r}"] = None
                 elif not any(map(str.isalpha, text)):
