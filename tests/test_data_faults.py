@@ -196,6 +196,9 @@ def test_an_image_beside_splits(tmp_path):
         f"all sub-folders of {tmp_path} are used (test, train), since cover.png is next to them; "
         f"give {tmp_path}/train to use it alone"
     ]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "train/0.png", "text": "a dot"}')
+    assert "leave the others out of metadata.jsonl" in open_source(tmp_path).remarks[-1]
+    (tmp_path / "metadata.jsonl").unlink()
     with pytest.raises(
         UserError, match=r"not used as splits, since cover\.png .*; give .*/test without"
     ):

@@ -33,6 +33,8 @@ UNREAD_SUFFIXES = frozenset(
 CAPTION_SUFFIXES = frozenset((".txt", ".caption"))
 """Of caption files next to images."""
 PACKED_SUFFIXES = frozenset((".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
+_CAPTION_NAME = re.compile("caption|prompt|(?:^|_)text(?:$|_)", re.IGNORECASE)
+"""In the name of a column that may hold captions."""
 _LONGEST_CAPTION = 5000  # characters; no text encoder here reads more
 _MOST_CAPTIONS = 100
 _LARGEST_FILE = 1 << 20
@@ -253,6 +255,30 @@ def choose_caption(
         candidates = [field for field in fields if field.rpartition(".")[2] in CAPTION_COLUMNS]
     candidates = candidates or [name for name in CAPTION_COLUMNS if name not in nested]
     return choose_column([*columns, *fields], given, candidates, "caption", where)
+
+
+def about_columns(
+    texts: Iterable[str], splits: Iterable[Any], given: str | None, chosen: str
+) -> Iterator[str]:
+    """Remarks on columns of a table that are not read although the user may expect it.
+
+    Args:
+        texts: columns that hold text.
+        splits: values of a column "split".
+        given: the column of captions that the user named.
+    """
+    others = [
+        name for name in texts if _CAPTION_NAME.search(name) and "negative" not in name.lower()
+    ]
+    others = [name for name in others if name != chosen]
+    if others and given is None:
+        yield (
+            f"captions are read from {chosen}, not from {shorten(others, most=3)}; name the one to use "
+            "with --data.caption-column"
+        )
+    parts = dict.fromkeys(str(value) for value in splits if value is not None)
+    if len(parts) > 1:
+        yield f'the column "split" is not read: the rows of {shorten([*parts])} are all used'
 
 
 def read_field(row: dict[str, Any], column: str) -> Any:

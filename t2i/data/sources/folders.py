@@ -20,6 +20,7 @@ from t2i.data.samples import (
     UNREAD_SUFFIXES,
     Sample,
     Source,
+    about_columns,
     choose_caption,
     choose_column,
     make_sample,
@@ -210,11 +211,10 @@ class MetadataFolder(Source):
         self._accented = {composed(name): name for name in inside if not name.isascii()}
         identity = {"kind": "metadata folder", "columns": [self._image, self._caption]}
         super().__init__(str(folder), identity, len(self._rows))
-        parts = dict.fromkeys(str(row["split"]) for _, row in self._rows if "split" in row)
-        if len(parts) > 1:
-            self.remarks.append(
-                f'the column "split" is not read: the rows of {shorten([*parts])} are all used'
-            )
+        splits = (row.get("split") for _, row in self._rows)
+        first = {name: next(row[name] for _, row in self._rows if name in row) for name in names}
+        texts = [name for name, value in first.items() if isinstance(value, str | list)]
+        self.remarks += about_columns(texts, splits, wanted.caption_column, self._caption)
         listed = {self._folder / name for name in self._listed()}
         self.left_out = [
             (name_in(folder, path), "not in metadata") for path in images if path not in listed

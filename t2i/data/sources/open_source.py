@@ -201,9 +201,12 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
     if not named and (named := _mentioned_splits(where, data, split)) and own is None:
         why = "splits are sub-folders of it with plain names, such as train and val"
     if named:
+        alone = f"give {where / (of_split or named)[0]} to use it alone"
+        if where / METADATA in data:  # without it, there would be no captions
+            alone = f"leave the others out of {METADATA} to use one alone"
         found.remarks.append(
             f"all sub-folders of {where} are used ({', '.join(map(printable, sorted(parts)))}), "
-            f"since {why}; give {where / (of_split or named)[0]} to use it alone"
+            f"since {why}; {alone}"
         )
     return found
 
