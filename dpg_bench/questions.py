@@ -44,6 +44,8 @@ COLUMNS = (
     "tuple",
     "question_natural_language",
 )
+_SEPARATORS = {"semicolons": ";", "tabs": "\t"}
+"""What spreadsheets may write instead of commas."""
 NEEDED = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
 CATEGORIES = (
     *(f"attribute - {kind}" for kind in ("color", "other", "shape", "size", "texture")),
@@ -147,8 +149,11 @@ def read_questions(path: str | Path) -> QuestionGraph:
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"question file {path} is not a CSV in UTF-8: {error}") from error
     if missing := [name for name in NEEDED if name not in (reader.fieldnames or ())]:
+        first = "".join(reader.fieldnames or ())
+        other = next((name for name, sign in _SEPARATORS.items() if first.count(sign) > 4), None)
+        hint = f": save it with commas; {other} separate its columns" if other else ""
         raise UserError(
-            f"question file {path} has no column {', '.join(missing)}; DPG-Bench's columns are "
+            f"question file {path} has no column {', '.join(missing)}{hint}. DPG-Bench's columns are "
             f"{', '.join(COLUMNS)}"
         )
     if not rows:
@@ -183,7 +188,7 @@ def _question(row: dict, line: int) -> Question:
     except ValueError as error:
         raise UserError(
             f"{where}: proposition_id must be a number, and dependency one or more numbers separated by "
-            f"commas (0: none), not {values['dependency']!r}"
+            f"commas (0: none), not {values['proposition_id']!r} and {values['dependency']!r}"
         ) from error
     if proposition < 1:
         raise UserError(f"{where}: proposition ids start at 1 (a dependency on 0 means none)")

@@ -26,6 +26,8 @@ COLORS = (
 
 RELATIONS = ("left of", "right of", "above", "below")
 
+_KEYS = ("class", "count", "color", "position")
+_COUNTING = "counting"
 _NOTHING = Detections(np.zeros((0, 4)), np.zeros(0))
 
 ColorsOf = Callable[[str, Sequence[int]], Sequence[str]]
@@ -73,7 +75,7 @@ def decide(
     it is called only for objects whose color the prompt names.
     """
     options = options or RuleOptions()
-    threshold = options.counting_threshold if metadata["tag"] == "counting" else options.threshold
+    threshold = options.counting_threshold if metadata["tag"] == _COUNTING else options.threshold
     kept = {name: _select(found, threshold, options) for name, found in detections.items()}
     reasons: list[str] = []
     matched: list[np.ndarray | None] = []  # boxes [count, 4] per include; None if failed
@@ -117,12 +119,44 @@ def check_schema(entry: object, where: str) -> Mapping:
             and any(asked)
             and all(_can_be_judged(item, i) for part in asked for i, item in enumerate(part))
         ):
+            _refuse_unread(entry, where)
+            _refuse_contradiction(entry, where)
             return entry
     raise UserError(
         f"{where} is {entry!r:.200}, which is not GenEval metadata: give a tag, a prompt and "
         'include (or exclude), a list of objects such as {"class": "bus", "count": 1}, optionally '
         'with a "color", or with a "position" relative to an earlier object, as in ["left of", 0]'
     )
+
+
+def _refuse_unread(entry: Mapping, where: str) -> None:
+    """UserError if something was probably meant to be judged, but the rules do not read it."""
+    items = [item for name in ("include", "exclude") for item in entry.get(name, ())]
+    unread = [f"{key!r} of {item['class']!r}" for item in items for key in item if key not in _KEYS]
+    lists = [key for key in entry if key.lower().startswith(("includ", "exclud"))]
+    unread += [repr(key) for key in lists if key not in ("include", "exclude")]
+    if unread:
+        raise UserError(
+            f"{where}: {unread[0]} would not be judged: an entry has include and exclude, and an object "
+            f"{', '.join(_KEYS)}"
+        )
+    if (tag := entry["tag"]) != _COUNTING and tag.strip().lower() == _COUNTING:
+        raise UserError(
+            f"{where}: the tag {tag!r} is judged by other rules than {_COUNTING!r}; spell it like this"
+        )
+
+
+def _refuse_contradiction(entry: Mapping, where: str) -> None:
+    """UserError if no image can be correct, as after an edit of only one of the two counts."""
+    wanted = [(item["class"], item["count"]) for item in entry.get("include", ())]
+    for banned in entry.get("exclude", ()):
+        for name, count in wanted:
+            if name == banned["class"] and banned["count"] <= count:
+                raise UserError(
+                    f"{where}: include asks for at least {count} {name!r} and exclude for fewer than "
+                    f"{banned['count']}, so that no image can be correct; exactly {count} are an "
+                    f"exclude count of {count + 1}"
+                )
 
 
 def _can_be_judged(item: object, place: int) -> bool:

@@ -314,6 +314,27 @@ def test_bad_prompts_are_refused(generate_fails, tmp_path):
     assert f"{path} line 1 has no text" in generate_fails("--prompt-file", path)
 
 
+@pytest.mark.parametrize(
+    ("name", "lines", "said"),
+    [
+        ("a.txt", ["# mine", "a dot", "// more"], "2 of 3 lines are drawn as they are"),
+        ("a.txt", ["1. a dot", "2. a ring"], "2 of 2 lines are drawn as they are"),
+        ("a.md", ["- a dot"], "1 of 1 lines are drawn"),
+        ("a.txt", ['"a dot",', "'a ring'"], "2 of 2 lines"),
+        ("a.txt", ["Prompt\tCategory", "a dot\tshapes"], "('Prompt\\tCategory')"),
+        ("a.txt", ["a 3D dot - red", "2 dots", '"big" dot', "a dot (red:1.2)"], None),
+        ("a.jsonl", ['{"prompt": "a dot", "seed": 7, "id": 1}'], "seed: not read"),
+        ("a.jsonl", ['{"prompt": "# a dot", "id": 1}'], None),
+    ],
+)
+def test_prompt_files_of_other_programs(tmp_path, caplog, name, lines, said):
+    """Comments, list marks and settings are drawn or ignored, but not in silence."""
+    path = tmp_path / name
+    path.write_text("\n".join(lines) + "\n")
+    assert len(read_prompts((), path)) == len(lines)
+    assert (said in caplog.text) if said else not caplog.records
+
+
 def test_bad_drawing_options_are_refused(generate_fails):
     prompt = ("--prompt", "a circle")
     for scale in ("0.5", "1e38"):

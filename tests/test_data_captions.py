@@ -101,6 +101,9 @@ def test_prompts_that_lose_words(family, tiny_world, monkeypatch, caplog):
 
 # -- 15 and 16: what a caption is ------------------------------------------------------------------
 NO_TEXT = "caption holds characters that are not text"
+NO_LETTERS = "caption without letters"
+SETTINGS = "caption holds settings of an image generator"
+AS_JSON = "caption is JSON, used as text"
 
 
 @pytest.mark.parametrize(
@@ -114,6 +117,26 @@ NO_TEXT = "caption holds characters that are not text"
         ("r\0e\0d\x07", ["red"], (NO_TEXT,)),
         ("a\tdot \U0001f642", ["a\tdot \U0001f642"], ()),
         ("\u200b \ufeff", [], ()),
+        ("a\u200b red\ufeff \u2068photo\xadgraph\u2069", ["a red photograph"], ()),
+        (
+            "\u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f467",
+            ["\u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f467"],
+            (),
+        ),
+        ('{"caption": "a"}', ['{"caption": "a"}'], (AS_JSON,)),
+        ("{\n'<CAPTION>': 'a'\n}", ["{", "'<CAPTION>': 'a'", "}"], (AS_JSON, NO_LETTERS)),
+        ("a {red|blue} dot [big]", ["a {red|blue} dot [big]"], ()),
+        ("NaN", ["NaN"], ("caption is only 'nan'",)),
+        ("a dot &amp; a ring", ["a dot &amp; a ring"], ("caption holds HTML",)),
+        ("<b>a dot</b>", ["<b>a dot</b>"], ("caption holds HTML",)),
+        ("a {color} dot", ["a {color} dot"], ("caption holds an unfilled {field}",)),
+        ("a dot --ar 16:9 --v 6", ["a dot --ar 16:9 --v 6"], (SETTINGS,)),
+        ("a dot <lora:x:0.8>", ["a dot <lora:x:0.8>"], (SETTINGS,)),
+        ("a dot\nNegative prompt: blur", ["a dot", "Negative prompt: blur"], (SETTINGS,)),
+        ("a <sks> dot & ring; 3 < 4 -- no", ["a <sks> dot & ring; 3 < 4 -- no"], ()),
+        ("0 0.5 0.5 0.1\na dot", ["0 0.5 0.5 0.1", "a dot"], (NO_LETTERS,)),
+        ("...", ["..."], (NO_LETTERS,)),
+        ("\u4e00", ["\u4e00"], ()),
         (b"\xff\xfe", [], ("caption is not UTF-8",)),
         (7, [], ("caption is not text",)),
         ([["a"], "b"], ["b"], ("caption is not text",)),

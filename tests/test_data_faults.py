@@ -135,6 +135,53 @@ def test_splits_that_a_user_may_not_mean(tmp_path):
     assert open_source(tmp_path / "one")[0].key == "dog/0.png"
 
 
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [
+        (("test_images", "train_images"), "train_images"),
+        (("seg_pred", "seg_test", "seg_train"), "seg_train"),
+        (("TestSet", "TrainSet"), "TrainSet"),
+        (("cats/test", "cats/train", "dogs/test", "dogs/train"), "cats/train"),
+    ],
+)
+def test_splits_that_are_not_recognized_are_reported(tmp_path, names, first):
+    """Case 13: the test images of such folders were trained on without a word."""
+    for name in names:
+        sidecars(tmp_path / name)
+    source = open_source(tmp_path)
+    assert source.length == 2 * len(names)
+    assert f"give {tmp_path}/{first} to use it alone" in source.remarks[0]
+
+
+def test_a_word_that_is_a_split_is_no_split(tmp_path):
+    for name in ("crash_test", "bus_station", "cars"):
+        sidecars(tmp_path / name / "images")
+    assert open_source(tmp_path).remarks == []
+
+
+def test_repeats_of_kohyas_folders_are_not_read(tmp_path):
+    for name in ("10_sks dog", "2024_dog", "01_dog"):
+        sidecars(tmp_path / "img" / name)
+    assert open_source(tmp_path / "img" / "2024_dog").remarks == []
+    assert open_source(tmp_path).remarks == [
+        "the number in 10_sks dog/ is not read: an epoch has every image once, not as often as the "
+        "names of kohya's folders say"
+    ]
+
+
+def test_missing_files_of_a_set(tmp_path):
+    """Files that count themselves, as the hub names them: a download may have been interrupted."""
+    for name in ("train-00000-of-00003", "train-00002-of-00003", "test-00000-of-00002"):
+        write_tar(tmp_path / f"{name}.tar", {"0.png": png(1), "0.txt": "a dot"})
+    assert open_source(tmp_path).remarks == [
+        "2 of the 3 files such as train-00000-of-00003.tar are there: was a download or a copy "
+        "interrupted?"
+    ]
+    assert open_source(tmp_path / "train-00000-of-00003.tar").remarks == []
+    write_tar(tmp_path / "train-00001-of-00003.tar", {"0.png": png(1), "0.txt": "a dot"})
+    assert open_source(tmp_path).remarks == []
+
+
 def test_an_image_beside_splits(tmp_path):
     """Case 13: one image next to splits makes them all one data set, the test set too; this is
     reported with its reason.
@@ -149,6 +196,9 @@ def test_an_image_beside_splits(tmp_path):
         f"all sub-folders of {tmp_path} are used (test, train), since cover.png is next to them; "
         f"give {tmp_path}/train to use it alone"
     ]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "train/0.png", "text": "a dot"}')
+    assert "leave the others out of metadata.jsonl" in open_source(tmp_path).remarks[-1]
+    (tmp_path / "metadata.jsonl").unlink()
     with pytest.raises(
         UserError, match=r"not used as splits, since cover\.png .*; give .*/test without"
     ):
@@ -164,9 +214,15 @@ def test_metadata_that_is_not_read_is_named(tmp_path):
     sidecars(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,another\n")
     (tmp_path / "0.json").write_text("{}")
-    assert open_source(tmp_path).remarks == [
-        "metadata.csv is not read: captions are in the .txt files next to the images"
-    ]
+    said = "captions are in the .txt files next to the images"
+    assert open_source(tmp_path).remarks == [f"metadata.csv is not read: {said}"]
+    (tmp_path / "captions.jsonl").write_text("{}")
+    (tmp_path / "info.json").write_text("{}")
+    names = "captions.jsonl, metadata.csv"
+    assert open_source(tmp_path).remarks == [f"{names} are not read: {said}"]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a dot"}')
+    said = f"{names} are not read: captions are in metadata.jsonl"
+    assert open_source(tmp_path).remarks[-1] == said
 
 
 def test_ignored_folders_are_reported(tmp_path):
@@ -351,6 +407,29 @@ def test_small_images_say_what_is_wanted(tmp_path):
         said
         == "1 too small (0.png: 9 x 7 px, needs 8; --data.small-images upscale enlarges small images)"
     )
+
+
+def test_images_of_which_little_remains(tmp_path):
+    """A panorama loses most of what its caption says; --check reports it."""
+    sidecars(tmp_path)
+    survey = survey_source(open_source(tmp_path), rules=ImageRules(8))[0]
+    assert survey.lines() == []
+    Image.new("RGB", (30, 10)).save(tmp_path / "1.png")
+    survey = survey_source(open_source(tmp_path), rules=ImageRules(8))[0]
+    assert survey.lines() == [
+        "1 have one side more than twice as long as the other (1.png: 30 x 10 px): the center crop "
+        "cuts off more than half of them, which their captions may describe"
+    ]
+
+
+def test_archives_next_to_images_are_reported(tmp_path):
+    sidecars(tmp_path)
+    for name in ("part2.zip", "old.tar.gz"):
+        (tmp_path / name).touch()
+    said = "old.tar.gz, part2.zip are not unpacked, and not read"
+    assert open_source(tmp_path).remarks == [said]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a dot"}')
+    assert said in open_source(tmp_path).remarks
 
 
 def test_metadata_of_another_encoding_is_named(tmp_path):

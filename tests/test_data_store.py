@@ -129,6 +129,10 @@ def test_several_captions_per_image(tmp_path):
     assert [store.condition(1, c) for c in range(4)] == ["p q", "rr", "s t u", "p q"]
     features = store.features([0, 1], 3, choice=torch.tensor([5, 1]))
     assert [float(row[0, 0]) for row in features] == [3, 2]
+    # A paragraph per line is not what everyone means by a caption of several lines.
+    assert report_of(store.folder)["lines"] == [
+        "1 have several captions (lines of a text or items of a list); training picks one each time"
+    ]
 
 
 def test_every_view_comes_with_every_caption(tmp_path):

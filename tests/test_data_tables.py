@@ -61,6 +61,29 @@ def test_a_caption_that_is_not_text_loses_only_its_row(tmp_path, streaming, bad)
 
 
 @STREAMED_OR_NOT
+def test_columns_that_one_may_expect_to_be_read(tmp_path, streaming):
+    """All parts of one table that holds several, as flickr30k does, were trained on in silence; and
+    of two columns of captions, one was chosen in silence.
+    """
+    columns = {"image": image_structs(), "caption": ["a", "b", "c"], "re_caption": ["x", "y", "z"]}
+    columns |= {"negative_prompt": ["", "", ""], "split": ["train", "test", None]}
+    write_parquet(tmp_path / "a.parquet", columns)
+    others = (
+        "captions are read from caption, not from re_caption; name the one to use with "
+        "--data.caption-column"
+    )
+    split = 'the column "split" is not read: the rows of train, test are all used'
+    splits = [] if streaming else [split]
+    assert open_source(tmp_path, streaming=streaming).remarks == [others, *splits]
+    named = {"caption_column": "caption", "streaming": streaming}
+    assert open_source(tmp_path, **named).remarks == splits
+    for number, split in enumerate(([["a"]] * 3, [1, 2, 3])):
+        folder = tmp_path / str(number)
+        write_parquet(folder / "a.parquet", columns | {"split": split})
+        assert open_source(folder, streaming=streaming).remarks == [others]
+
+
+@STREAMED_OR_NOT
 def test_nested_texts_that_are_not_text(tmp_path, streaming):
     """In a field of a caption, one of several captions, or the name of an image."""
     texts = not_text([b"\xff", b"b", b"c"])

@@ -80,6 +80,11 @@ def test_a_child_may_come_before_its_parent(tmp_path):
 def test_files_that_hold_no_questions(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         read_questions(tmp_path / "absent.csv")
+    path = write(tmp_path)
+    for sign, name in ((";", "semicolons"), ("\t", "tabs")):  # as spreadsheets may save it
+        (tmp_path / "other.csv").write_text(path.read_text().replace(",", sign))
+        with pytest.raises(ValueError, match=f"commas; {name} separate its columns"):
+            read_questions(tmp_path / "other.csv")
     with pytest.raises(ValueError, match="no column tuple"):
         read_questions(write(tmp_path, header=[c.replace("tuple", "triple") for c in COLUMNS]))
     with pytest.raises(ValueError, match="has no rows"):

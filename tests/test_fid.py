@@ -290,6 +290,27 @@ def test_inception_score_of_files_and_folders(tmp_path, network, caplog, monkeyp
     assert of_folder["scores"]["inception_score"] == orders["shuffled"]["mean"]
 
 
+def test_sets_of_other_sizes(tmp_path, network, caplog):
+    """Photos that are not cropped are stretched; files that are not read are named."""
+    squares = write_folder(tmp_path / "squares", pictures(6))
+    results = score(squares, squares, network)
+    assert results["samples"]["sizes"] == [[8, 8]] and not caplog.records
+    photos = write_folder(tmp_path / "photos", pictures(6, side=12)[:, :9])
+    (photos / "a.ppm").touch()
+    results = score(squares, photos, network)
+    assert results["reference"]["sizes"] == [[12, 9]]
+    assert "samples of 8 x 8, reference of 12 x 9 px: every image is stretched" in caplog.text
+    assert f"{photos}: 1 left out, such as a.ppm (format that is not read)" in caplog.text
+    write_folder(photos, pictures(1, side=6), name="z.png")
+    assert score(photos, photos, network)["samples"]["sizes"] == [[6, 6], [12, 9]]
+    assert "reference of 6 x 6 to 12 x 9 px" in caplog.text
+    caplog.clear()
+    statistics = {"mu": np.zeros(4), "sigma": np.eye(4)}
+    np.savez(tmp_path / "s.npz", **statistics)
+    score(squares, tmp_path / "s.npz", network)
+    assert not caplog.records
+
+
 def test_fewer_images_than_the_protocol(tmp_path, network, monkeypatch):
     path = write_npz(tmp_path / "a.npz", pictures(5))
     with pytest.raises(ValueError, match=r"holds 5 images, the protocol has 50,000.*--allow-fewer"):

@@ -192,6 +192,28 @@ def test_metadata_that_cannot_be_judged(wanted):
         check_schema({"tag": "position", "prompt": "a", "include": include}, "prompt 0")
 
 
+CIRCLES = {"class": "circle", "count": 3}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"include": [CIRCLES | {"colour": "red"}]}, "'colour' of 'circle' would not be judged"),
+        ({"include": [CIRCLES | {"relation": ["above", 0]}]}, "'relation' of 'circle' would not"),
+        ({"excludes": [CIRCLES]}, "'excludes' would not be judged"),
+        ({"Exclude": [CIRCLES]}, "'Exclude' would not be judged"),
+        ({"tag": "Counting"}, "the tag 'Counting' is judged by other rules than 'counting'"),
+        ({"exclude": [CIRCLES]}, "at least 3 'circle' and exclude for fewer than 3"),
+    ],
+)
+def test_edits_that_would_change_the_verdict_in_silence(change, message):
+    """They used to be ignored: the color was not judged, or three of anything were enough."""
+    entry = {"tag": "counting", "include": [CIRCLES], "prompt": "three circles", "id": 7}
+    check_schema(entry | {"exclude": [CIRCLES | {"count": 4}]}, "prompt 0")
+    with pytest.raises(UserError, match=f"^prompt 0: .*{message}"):
+        check_schema(entry | change, "prompt 0")
+
+
 def test_nothing_to_summarize():
     with pytest.raises(ValueError, match="no verdicts"):
         summarize([])

@@ -129,9 +129,14 @@ def test_files_that_are_left_out_are_reported(dataset, tmp_path):
     (dataset / "train" / "n01" / "z.png").symlink_to("/gone")
     picture(1).save(dataset / "train" / "n02" / ".a.png")
     assert LabelledFolder(dataset).paths == found.paths
+    picture(2).save(dataset / "train" / "n03" / "z.jpe", "JPEG")
+    assert len(LabelledFolder(dataset).paths) == len(found.paths) + 1
     (dataset / "train" / "n02" / "b.heic").touch()
     left_out = [("n01/z.png", "broken link"), ("n02/.a.png", "hidden file")]
     left_out.append(("n02/b.heic", "format that is not read"))
+    for name in ("17", "17.jpg_large", "notes.txt"):  # as downloads are named
+        (dataset / "train" / "n03" / name).touch()
+    left_out += [(f"n03/{name}", "no name of an image") for name in ("17", "17.jpg_large")]
     assert LabelledFolder(dataset).left_out == left_out
     report = CodeStore(extract(dataset, tmp_path / "cache")).manifest["report"]
     assert "1 broken link (n01/z.png)" in report["lines"][0]

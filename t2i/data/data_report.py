@@ -6,7 +6,7 @@ and a line in a file.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from t2i.data.content import first_names
-from t2i.data.images import UNFETCHED, ImageRules, SkipSample
+from t2i.data.images import UNFETCHED, ImageRules, RemoteFile, SkipSample, open_image
 from t2i.data.samples import Sample, Source
 from t2i.data.store import sample_line
 from t2i.files import write_text
@@ -92,17 +92,23 @@ class DataReport:
     @classmethod
     def collect(cls, lines: Iterable[dict], source: Source) -> "DataReport":
         """Build it from the lines of the shards, and from the source's remarks and `left_out`."""
-        report = cls(remarks=list(source.remarks))
+        report, several = cls(remarks=list(source.remarks)), 0
         for line in lines:
             report.seen += 1
             if "reason" in line:
                 report.skipped.append(line)
             else:
                 report.usable += 1
+                several += len(line.get("captions", ())) > 1
                 for note in line.get("notes", ()):
                     report.noted.setdefault(note, []).append(line["key"])
         for key, reason in source.left_out:
             report.skipped.append({"index": None, "key": key, "reason": reason, "detail": ""})
+        if several:
+            report.remarks.append(
+                f"{several} have several captions (lines of a text or items of a list); "
+                "training picks one each time"
+            )
         return report
 
     @property
@@ -200,12 +206,23 @@ def survey_source(
     checked = (drop_unreadable(sample, caption_notes) for sample in samples)
     report, taken = read_samples(checked, source, rules, lambda s, views: (s, picture_hash(views)))
     usable, report.pictures = [s for s, _ in taken], [number for _, number in taken]
-    if several := sum(len(sample.captions) > 1 for sample in usable):
-        report.remarks.append(
-            f"{several} have several captions (lines of a text or items of a list); "
-            "training picks one each time"
-        )
+    report.remarks += _about_crops(usable)
     return report, usable
+
+
+def _about_crops(samples: Sequence[Sample]) -> Iterator[str]:
+    """A remark on images whose captions may describe what the center crop cuts off."""
+    cut = []
+    for sample in samples:
+        if sample.captions and not isinstance(sample.image, RemoteFile | Tensor):
+            width, height = open_image(sample.image).size
+            if max(width, height) > 2 * min(width, height):
+                cut.append(f"{short_name(sample.key)}: {width} x {height} px")
+    if cut:
+        yield (
+            f"{len(cut)} have one side more than twice as long as the other ({cut[0]}): the center crop "
+            "cuts off more than half of them, which their captions may describe"
+        )
 
 
 def read_samples(

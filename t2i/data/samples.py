@@ -17,11 +17,15 @@ from t2i.lfs import LFS_POINTER
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 _TEXT_COLUMNS = ("txt", *CAPTION_COLUMNS)  # of tables and tars
 IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp"),
+        *(".tif", ".tiff", ".avif", ".jp2"),
+    )
 )
 UNREAD_SUFFIXES = frozenset(
     (
-        *(".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".exr", ".hdr", ".ppm", ".pgm", ".ico"),
+        *(".heic", ".heif", ".hif", ".jxl", ".jxr", ".svg", ".psd", ".tga", ".exr", ".hdr", ".ico"),
+        *(".ppm", ".pgm", ".pbm", ".pnm"),
         *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
     )
 )
@@ -29,6 +33,8 @@ UNREAD_SUFFIXES = frozenset(
 CAPTION_SUFFIXES = frozenset((".txt", ".caption"))
 """Of caption files next to images."""
 PACKED_SUFFIXES = frozenset((".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
+_CAPTION_NAME = re.compile("caption|prompt|(?:^|_)text(?:$|_)", re.IGNORECASE)
+"""In the name of a column that may hold captions."""
 _LONGEST_CAPTION = 5000  # characters; no text encoder here reads more
 _MOST_CAPTIONS = 100
 _LARGEST_FILE = 1 << 20
@@ -36,6 +42,23 @@ _LINE = re.compile(r"\r\n|\r|\n")
 # Control characters other than white space, lone surrogates, and code points that are not
 # characters.
 _NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+# Soft hyphens, zero-width spaces, byte order marks and direction marks, which web pages and chats
+# leave in texts. The joiners of emoji and of Persian or Indic words are not among them.
+_INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
+_DOUBTS = {
+    "caption holds HTML": re.compile(
+        r"&(?:[a-z]+|#\d+);|</?(?:a|b|br|div|em|i|img|li|p|span)\b[^>]*>"
+    ),
+    "caption holds an unfilled {field}": re.compile(r"\{\w*\}|\[\[\w+\]\]"),
+    "caption holds settings of an image generator": re.compile(
+        r"(?:^| )--(?:ar|v|s|q|niji|stylize|chaos|seed|no|n|w|h) |<(?:lora|lyco|hypernet):|"
+        r"^(?:Negative prompt|Steps): ",
+        re.IGNORECASE,
+    ),
+}
+"""Notes on what captions of web pages, scripts and generators hold besides a description."""
+_PLACEHOLDERS = frozenset(("nan", "none", "null", "n/a", "undefined"))
+"""What programs write as text where there is no caption."""
 
 
 @dataclass(frozen=True)
@@ -136,18 +159,21 @@ def read_captions(value: Any) -> tuple[list[str], tuple[str, ...]]:
     The same rule holds for every source (.txt files, tar members, JSON, tables): each line of a
     text is a caption, and a list holds captions or texts; training picks one of several captions
     each time. Captions are stripped and empty ones dropped. Bytes must be UTF-8. Characters that
-    are not text (control characters, lone surrogates) are removed; the first 5,000 characters of a
-    caption and the first 100 captions of a sample are used.
+    are not text (control characters, lone surrogates) are removed, as are invisible ones; the first
+    5,000 characters of a caption and the first 100 captions of a sample are used. A caption that is
+    probably none (JSON, "nan", only numbers), or not only a description, is used, with a note.
     """
     texts: list[str] = []
     notes: dict[str, None] = {}
     for item in value if isinstance(value, list | tuple) else [value]:
         try:
-            lines = _LINE.split(_as_text(item))
+            whole = _INVISIBLE.sub("", _as_text(item))
         except SkipSample as problem:
             notes[problem.reason] = None
             continue
-        for line in lines:
+        if _looks_like_json(whole):
+            notes["caption is JSON, used as text"] = None
+        for line in _LINE.split(whole):
             text = _NO_TEXT.sub("", line).strip()
             if text != line.strip():
                 notes["caption holds characters that are not text"] = None
@@ -155,9 +181,20 @@ def read_captions(value: Any) -> tuple[list[str], tuple[str, ...]]:
                 notes[f"caption of more than {_LONGEST_CAPTION} characters cut"] = None
             if any(unicodedata.category(c)[0] in "LNPS" for c in text):
                 texts.append(text[:_LONGEST_CAPTION].strip())
+                notes |= dict.fromkeys(note for note, sign in _DOUBTS.items() if sign.search(text))
+                if text.lower() in _PLACEHOLDERS:
+                    notes[f"caption is only {text.lower()!r}"] = None
+                elif not any(map(str.isalpha, text)):
+                    notes["caption without letters"] = None
     if len(texts) > _MOST_CAPTIONS:
         notes[f"captions after the first {_MOST_CAPTIONS} left out"] = None
     return texts[:_MOST_CAPTIONS], tuple(notes)
+
+
+def _looks_like_json(text: str) -> bool:
+    """Whether a program wrote an object or a list where a caption belongs."""
+    text = text.strip()
+    return text[:1] in ("{", "[") and text[-1:] in ("}", "]") and ('"' in text or "'" in text)
 
 
 def _as_text(value: Any) -> str:
@@ -218,6 +255,30 @@ def choose_caption(
         candidates = [field for field in fields if field.rpartition(".")[2] in CAPTION_COLUMNS]
     candidates = candidates or [name for name in CAPTION_COLUMNS if name not in nested]
     return choose_column([*columns, *fields], given, candidates, "caption", where)
+
+
+def about_columns(
+    texts: Iterable[str], splits: Iterable[Any], given: str | None, chosen: str
+) -> Iterator[str]:
+    """Remarks on columns of a table that are not read although the user may expect it.
+
+    Args:
+        texts: columns that hold text.
+        splits: values of a column "split".
+        given: the column of captions that the user named.
+    """
+    others = [
+        name for name in texts if _CAPTION_NAME.search(name) and "negative" not in name.lower()
+    ]
+    others = [name for name in others if name != chosen]
+    if others and given is None:
+        yield (
+            f"captions are read from {chosen}, not from {shorten(others, most=3)}; name the one to use "
+            "with --data.caption-column"
+        )
+    parts = dict.fromkeys(str(value) for value in splits if value is not None)
+    if len(parts) > 1:
+        yield f'the column "split" is not read: the rows of {shorten([*parts])} are all used'
 
 
 def read_field(row: dict[str, Any], column: str) -> Any:

@@ -12,6 +12,7 @@
 
 import codecs
 import json
+import logging
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -26,8 +27,16 @@ from t2i.imaging import grid, save_png, upright_rgb
 from t2i.lfs import refuse_pointers
 from t2i.models.conditions import check_captions
 
+log = logging.getLogger(__name__)
+
 GENERATION_FILE = "generation.json"
 _MAX_GRID_IMAGES = 64
+_MARK = re.compile(r"""#|//|[-*\u2022]\s|\d+[.):]\s|.*\t|\[.*\]$|(["']).*\1,?$""")
+"""What a line of prompts may begin with or hold that is no part of a prompt."""
+_SETTINGS = frozenset(
+    ("seed", "negative_prompt", "cfg_scale", "guidance_scale", "steps", "width", "height")
+)
+"""Fields of prompts for other programs, which one might expect to be read."""
 SHEETS = {"grid.png", "stages.png"}
 _KNOWN = SHEETS | {"stages", "samples", "metadata.jsonl", GENERATION_FILE}
 
@@ -51,14 +60,26 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
                 'prompt per line, or a .jsonl file with one {"prompt": "..."} per line'
             )
         parse = _parse_json_line if suffix == ".jsonl" else _parse_text_line
-        entries += [
-            parse(line, f"{path} line {i + 1}") for i, line in enumerate(lines) if line.strip()
-        ]
+        read = [parse(line, f"{path} line {i + 1}") for i, line in enumerate(lines) if line.strip()]
+        if parse is _parse_text_line:
+            _warn_of_marks(path, [entry["prompt"] for entry in read])
+        elif unread := sorted({key for entry in read for key in entry} & _SETTINGS):
+            log.warning(f"{path}: {', '.join(unread)}: not read; settings of drawing are options")
+        entries += read
         if not entries:
             raise UserError(f"prompt file {path} holds no prompt; give one per line")
     if not entries or any(not e["prompt"].strip() for e in entries):
         raise UserError("no prompt: give --prompt TEXT or --prompt-file FILE, none of them empty")
     return entries
+
+
+def _warn_of_marks(path: Path, prompts: Sequence[str]) -> None:
+    """Warn about lines of a text file that seem to hold something else than a prompt."""
+    if marked := [text for text in prompts if _MARK.match(text)]:
+        log.warning(
+            f"{path}: {len(marked)} of {len(prompts)} lines are drawn as they are, but look like comments "
+            f"or items of a list or table ({marked[0]!r:.80})"
+        )
 
 
 def _parse_text_line(line: bytes, where: str) -> dict:

@@ -9,7 +9,7 @@ class-conditional model.
 from pathlib import Path
 
 from t2i.data.content import name_in, printable
-from t2i.data.samples import Sample, Source
+from t2i.data.samples import IMAGE_SUFFIXES, Sample, Source
 from t2i.data.sources.folders import holds_images, is_hidden, is_image, walk
 from t2i.data.sources.splits import folders_of, split_of_folder
 from t2i.errors import UserError, shorten
@@ -38,6 +38,9 @@ class LabelledFolder(Source):
             self.labels += [label] * len(found)
             empty += [] if found else [name]
             left_out += [(f"{printable(name)}/{key}", reason) for key, reason in passed_over]
+            left_out += [
+                (name_in(root, path), "no name of an image") for path in inside if _odd(path)
+            ]
         if not self.paths:
             raise UserError(f"{root} has {len(classes)} sub-folders, but no images in them")
         # `files` names only the classes that have images; an empty one takes up a class id, too.
@@ -93,6 +96,12 @@ def find_classes(folder: str | Path, split: str) -> tuple[Path, list[str]]:
             f"train/n01440764/; it {holds}"
         )
     return root, classes
+
+
+def _odd(path: Path) -> bool:
+    """Whether a file may be an image although its name does not end like one: 17, 17.jpg_large."""
+    suffix = path.suffix.lower()
+    return not is_image(path) and (not suffix or suffix.startswith(tuple(IMAGE_SUFFIXES)))
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from t2i.data.samples import (
     UNREAD_SUFFIXES,
     Sample,
     Source,
+    about_columns,
     choose_caption,
     choose_column,
     make_sample,
@@ -43,6 +44,10 @@ _OF_SYSTEMS = frozenset(
     ("__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 )
 """Folders that operating systems add, for example for thumbnails or deleted files."""
+_REPEATS = re.compile(r"[1-9]\d{0,2}_\S.*")
+"""Folders as kohya's trainers read them: 10_dog for ten passes over its images."""
+_TABLE = re.compile("meta|caption|prompt|annot", re.IGNORECASE)
+"""In the name of a file that may hold the captions of many images."""
 _SAVED = ("dataset_info.json", "state.json")  # written by Dataset.save_to_disk
 _HASH = re.compile("[0-9a-f]{30,}")
 
@@ -137,6 +142,15 @@ def is_image(path: Path) -> bool:
 
 def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) -> Source:
     """The folder as a source; captions are in its metadata.jsonl or, without one, in .txt files."""
+    opened = _open_folder(folder, files, wanted)
+    if packed := [path for path in files if path.suffix.lower() in PACKED_SUFFIXES]:
+        names = shorten([name_in(folder, path) for path in packed], most=3)
+        verb = "is" if len(packed) == 1 else "are"
+        opened.remarks.append(f"{names} {verb} not unpacked, and not read")
+    return opened
+
+
+def _open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) -> Source:
     images = [path for path in files if is_image(path)]
     metadata = [path for path in files if path.name == METADATA]
     if metadata:
@@ -146,6 +160,7 @@ def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) ->
                 f"{len(unread)} text files such as {name_in(folder, unread[0])} are not read: "
                 f"captions are in {METADATA}"
             )
+        source.remarks += _other_tables(folder, files, METADATA)
         return source
     if not images:
         others = [
@@ -196,11 +211,10 @@ class MetadataFolder(Source):
         self._accented = {composed(name): name for name in inside if not name.isascii()}
         identity = {"kind": "metadata folder", "columns": [self._image, self._caption]}
         super().__init__(str(folder), identity, len(self._rows))
-        parts = dict.fromkeys(str(row["split"]) for _, row in self._rows if "split" in row)
-        if len(parts) > 1:
-            self.remarks.append(
-                f'the column "split" is not read: the rows of {shorten([*parts])} are all used'
-            )
+        splits = (row.get("split") for _, row in self._rows)
+        first = {name: next(row[name] for _, row in self._rows if name in row) for name in names}
+        texts = [name for name, value in first.items() if isinstance(value, str | list)]
+        self.remarks += about_columns(texts, splits, wanted.caption_column, self._caption)
         listed = {self._folder / name for name in self._listed()}
         self.left_out = [
             (name_in(folder, path), "not in metadata") for path in images if path not in listed
@@ -288,11 +302,14 @@ class SidecarFolder(Source):
             return "caption without image"
 
         self.left_out = [(name_in(folder, p), reason(p)) for p in captions if p not in used]
-        self.remarks = [
-            f"{name_in(folder, path)} is not read: captions are in the .txt files next to the images"
-            for path in files
-            if path.stem.lower() == "metadata" and _looks_like_metadata(path)
-        ]
+        own = [path for path in files if path.with_suffix("") not in pictured]
+        self.remarks = [*_other_tables(folder, own, "the .txt files next to the images")]
+        parents = {path.parent for path in images}
+        if repeats := sorted(path.name for path in parents if _REPEATS.fullmatch(path.name)):
+            self.remarks.append(
+                f"the number in {printable(repeats[0])}/ is not read: an epoch has every image once, "
+                "not as often as the names of kohya's folders say"
+            )
         named = Counter(path.with_suffix("") for path in images)
         twice = [path for path in images if self._texts[path] and named[path.with_suffix("")] > 1]
         if twice:
@@ -342,6 +359,14 @@ def _not_read(folder: Path, path: Path) -> str:
     base = path.with_suffix("")
     base = base.with_suffix("") if is_image(base) else base
     return f"{name_in(folder, path)} is not read; its caption belongs in {base.name}.txt"
+
+
+def _other_tables(folder: Path, files: Sequence[Path], where: str) -> Iterable[str]:
+    """A remark on files, besides the one that is read, that may hold captions of many images."""
+    others = [path for path in files if path.name != METADATA and _looks_like_metadata(path)]
+    if names := [name_in(folder, path) for path in others if _TABLE.search(path.stem)]:
+        verb = "is" if len(names) == 1 else "are"
+        yield f"{shorten(names, most=3)} {verb} not read: captions are in {where}"
 
 
 def _is_caption_file(path: Path) -> bool:

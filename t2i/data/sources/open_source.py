@@ -23,12 +23,19 @@ from t2i.data.captioned import CaptionedImages
 from t2i.data.content import name_in, printable
 from t2i.data.samples import PACKED_SUFFIXES, Source
 from t2i.data.sources.folders import METADATA, METADATA_ADVICE, is_image, open_folder, walk
-from t2i.data.sources.splits import folders_of, same_split, split_of_folder, splits_in
+from t2i.data.sources.splits import (
+    folders_of,
+    mentions_split,
+    same_split,
+    split_of_folder,
+    splits_in,
+)
 from t2i.data.sources.tars import TarSource
 from t2i.errors import UserError, nearest_path
 from t2i.fields import given_options
 
 TABLE_SUFFIXES = (".parquet", ".tar")
+_PART = re.compile(r"(.*?)\d+-of-(\d+)\b.*")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -81,12 +88,14 @@ def _open_files(found: _Found, wanted: CaptionedImages) -> Source:
             where = root if root.is_dir() else root.parent
             raise UserError(
                 f"{where} holds {suffix} files and also {others[0].name}, so it is not clear which "
-                f"to use. Give the files by name, such as '{where}/*{suffix}', or a folder of one kind"
+                f"to use. Give the files by name, such as '{chosen[0].parent}/*{suffix}', or a folder of "
+                "one kind"
             )
         empty = [path for path in chosen if path.stat().st_size == 0]
         if len(empty) < len(chosen):  # if all are, the reader reports it
             chosen = [path for path in chosen if path not in empty]
             found.left_out += [(printable(path.name), "empty") for path in empty]
+        found.remarks += _missing_parts(chosen) if root.is_dir() else []
         if suffix == ".tar":
             return TarSource(root, chosen, wanted)
         from t2i.data.sources.tables import open_parquet
@@ -100,6 +109,20 @@ def _open_files(found: _Found, wanted: CaptionedImages) -> Source:
             f"{wanted.source}: neither .parquet nor .tar{packed}. Give the folder that holds the images"
         )
     return open_folder(root, found.files, wanted)
+
+
+def _missing_parts(files: Sequence[Path]) -> list[str]:
+    """A remark if files count themselves, as in train-00000-of-00003, and some are missing."""
+    sets: dict[tuple[Path, str, str], list[Path]] = {}
+    for path in files:
+        if part := _PART.fullmatch(path.name):
+            sets.setdefault((path.parent, part[1], part[2]), []).append(path)
+    return [
+        f"{len(found)} of the {int(count)} files such as {printable(found[0].name)} are there: was a "
+        "download or a copy interrupted?"
+        for (*_, count), found in sets.items()
+        if len(found) < int(count)
+    ]
 
 
 def _is_hub_id(text: str) -> bool:
@@ -174,12 +197,32 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
     if split != "train":
         raise UserError(f"{where} has no sub-folder for the split {split!r}")
     found = _Found(folder, files, left_out)
-    if named := [name for name in sorted(parts) if split_of_folder(name)]:
+    named = [name for name in sorted(parts) if split_of_folder(name)]
+    if not named and (named := _mentioned_splits(where, data, split)) and own is None:
+        why = "splits are sub-folders of it with plain names, such as train and val"
+    if named:
+        alone = f"give {where / (of_split or named)[0]} to use it alone"
+        if where / METADATA in data:  # without it, there would be no captions
+            alone = f"leave the others out of {METADATA} to use one alone"
         found.remarks.append(
             f"all sub-folders of {where} are used ({', '.join(map(printable, sorted(parts)))}), "
-            f"since {why}; give {where / (of_split or named)[0]} to use it alone"
+            f"since {why}; {alone}"
         )
     return found
+
+
+def _mentioned_splits(folder: Path, data: Sequence[Path], split: str) -> list[str]:
+    """Folders that may be meant as splits (train_images and test_images, dog/train and dog/test),
+    those of the given split first; empty unless there are two different splits.
+    """
+    found: dict[str, str] = {}
+    for names in {path.relative_to(folder).parts[:-1] for path in data}:
+        for depth, name in enumerate(names, start=1):
+            if mentioned := mentions_split(name):
+                found.setdefault("/".join(names[:depth]), mentioned)
+                break
+    meant = sorted(found, key=lambda name: (not same_split(found[name], split), name))
+    return meant if len({*found.values()}) > 1 else []
 
 
 def _tables_of_split(

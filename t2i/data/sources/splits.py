@@ -23,6 +23,12 @@ def split_of_folder(name: str) -> str | None:
     return split_named(re.sub(r"[\d_.-]+$", "", name))
 
 
+def mentions_split(name: str) -> str | None:
+    """The first split that a word of a folder's name means: test_images, seg_train, trainset."""
+    words = (word.lower().removesuffix("set") for word in re.findall("[A-Z]?[a-z]+", name))
+    return next(filter(None, map(split_named, words)), None)
+
+
 def splits_in(path: str) -> set[str]:
     """The splits that words of a path mean, as in data/train-00000-of-00002.parquet."""
     return {split for word in re.findall("[a-z]+", path.lower()) if (split := split_named(word))}

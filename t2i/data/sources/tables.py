@@ -20,7 +20,15 @@ import pyarrow.parquet as pq
 from t2i.data.captioned import CaptionedImages
 from t2i.data.content import content_key, printable
 from t2i.data.images import RemoteFile
-from t2i.data.samples import Sample, Source, choose_caption, choose_column, make_sample, read_field
+from t2i.data.samples import (
+    Sample,
+    Source,
+    about_columns,
+    choose_caption,
+    choose_column,
+    make_sample,
+    read_field,
+)
 from t2i.data.sources.folders import OUTSIDE, leads_out, name_below
 from t2i.errors import UserError, shorten
 from t2i.lfs import refuse_pointers
@@ -155,6 +163,11 @@ class _Rows(Source):
             identity |= {"split": wanted.split, "revision": wanted.revision, "content": content}
         identity |= {"streaming": wanted.streaming, "columns": [image, caption]}
         super().__init__(name, identity, None if wanted.streaming else len(self._data))
+        texts = [column for column, value in first.items() if isinstance(value, str | list)]
+        # A stream would have to be read to its end for this.
+        countable = isinstance(first.get("split"), str) and not wanted.streaming
+        splits = data.unique("split") if countable else ()
+        self.remarks += about_columns(texts, splits, wanted.caption_column, caption)
 
     def _below(self, name: str) -> str:
         """An image's name, made relative if it is inside the folder and others are not read."""

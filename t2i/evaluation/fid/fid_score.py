@@ -98,8 +98,12 @@ def measure(
         return MeasuredSet(*stored, None, about)
 
     images = open_images(path)
-    features, pixels_sha256 = _extract_all(images, network, batch_size, description)
-    about |= {"images": images.count, "left_out": images.left_out, "pixels_sha256": pixels_sha256}
+    if images.not_read:
+        name, reason = images.not_read[0]
+        log.warning(f"{path}: {len(images.not_read)} left out, such as {name} ({reason})")
+    features, sizes, pixels_sha256 = _extract_all(images, network, batch_size, description)
+    about |= {"images": images.count, "left_out": images.left_out, "sizes": sizes}
+    about["pixels_sha256"] = pixels_sha256
     about["statistics"] = "computed from the images" if stored is None else "stored in the file"
     if stored is not None:  # the hash of the pixels does not cover stored statistics
         about["sha256"] = file_sha256(path)
@@ -109,24 +113,28 @@ def measure(
 
 def _extract_all(
     images: ImageSet, network: Inception, batch_size: int, description: str
-) -> tuple[InceptionFeatures, str]:
-    """Features of all images, and the SHA-256 of their sizes and pixels in order."""
+) -> tuple[InceptionFeatures, list[list[int]], str]:
+    """Features of all images; the smallest and the largest of their sizes [width, height], or the
+    only one; and the SHA-256 of their sizes and pixels in order.
+    """
     device = network.fc.weight.device
     kind = {"device": device, "dtype": torch.float32}
     pool = torch.empty(images.count, POOL_WIDTH, **kind)
     spatial = torch.empty(images.count, SPATIAL_WIDTH, **kind)
-    digest = hashlib.sha256()
+    digest, sizes = hashlib.sha256(), set[tuple[int, int]]()
     done = 0
     with progress_bar(total=images.count, desc=description, unit=" images") as bar:
         for batch in images.batches(batch_size):
             for image in batch:
                 digest.update(str(image.shape).encode() + image.tobytes())
+                sizes.add((image.shape[1], image.shape[0]))
             part = slice(done, done + len(batch))
             pool[part], spatial[part] = extract(network, batch)
             done += len(batch)
             bar.update(len(batch))
     assert done == images.count, (done, images.count)
-    return InceptionFeatures(pool, spatial), digest.hexdigest()
+    ends = [list(size) for size in sorted({min(sizes), max(sizes)})]
+    return InceptionFeatures(pool, spatial), ends, digest.hexdigest()
 
 
 def has_statistics(path: str | Path) -> bool:
@@ -202,6 +210,7 @@ def score_images(
         for path, name in ((samples, "samples"), (reference, "reference"))
     )
     assert measured.features is not None, "a set of images has features"
+    _warn_of_sizes(measured.about["sizes"], against.about.get("sizes"))
     by_order = _inception_scores(measured.features, network.fc.weight)
     order = "file" if images.kind == "npz" else "shuffled"
     scores = {"inception_score": by_order[order]["mean"], **_compare(measured, against)}
@@ -228,6 +237,22 @@ def score_images(
         },
         "versions": versions(),
     }
+
+
+def _warn_of_sizes(samples: list[list[int]], reference: list[list[int]] | None) -> None:
+    """Warn if the network sees the two sets in different ways: it makes a square of every image."""
+    sets = {"samples": samples, "reference": reference or samples}
+    shown = [
+        f"{name} of " + " to ".join(f"{width} x {height}" for width, height in sizes)
+        for name, sizes in sets.items()
+    ]
+    alike = len(samples) == 1 and samples == (reference or samples)
+    if not alike or samples[0][0] != samples[0][1]:
+        log.warning(
+            f"{', '.join(shown)} px: every image is stretched to a square of 299 px, so the scores also "
+            "measure differences in shape and size; crop and resize both sets alike (ADM's are squares "
+            "of 256 px)"
+        )
 
 
 def check_inputs(samples: str | Path, reference: str | Path, *, allow_fewer: bool) -> ImageSet:

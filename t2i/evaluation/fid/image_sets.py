@@ -51,6 +51,7 @@ class NpzImages:
         self.shape = tuple(shape[1:])
         self.count = shape[0]
         self.left_out = 0
+        self.not_read: list[tuple[str, str]] = []
 
     def batches(self, size: int) -> Iterator[list[np.ndarray]]:
         """uint8 images [H, W, 3], at most `size` at a time, in file order."""
@@ -79,7 +80,7 @@ class FolderImages:
 
     def __init__(self, path: Path):
         self.path = path
-        files = walk(path)[0]
+        files, self.not_read = walk(path)
         found = [file for file in files if is_image(file)]
         if not found:
             raise UserError(f"{path} holds no images")
