@@ -18,7 +18,7 @@ from PIL import Image
 
 from geneval.detector import Detections, Detector
 from geneval.prompts import official_prompts
-from geneval.rules import RuleOptions, Verdict, check_schema, decide, judge_image
+from geneval.rules import RuleOptions, Verdict, check_schema, decide, judge_image, warn_of_doubts
 from geneval.summary import Summary, TagScore, format_summary, result_row, summarize
 from t2i.errors import UserError
 from t2i.evaluation.generation_folder import load_image
@@ -87,6 +87,7 @@ def score(
         )
     each = len(given) // len(asked)
     entries = [entry for i, one in enumerate(asked) for entry in [_entry(one, i)] * each]
+    warn_of_doubts(entries[::each])
     pictures = [_picture(one, place) for place, one in enumerate(given)]
     detector = detector or _default_detector()
     verdicts = [

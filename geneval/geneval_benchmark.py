@@ -14,7 +14,14 @@ from PIL import Image, ImageColor
 
 from geneval.detector import Detections, Detector
 from geneval.prompts import official_prompts
-from geneval.rules import RuleOptions, Verdict, check_schema, check_vocabulary, judge_detected
+from geneval.rules import (
+    RuleOptions,
+    Verdict,
+    check_schema,
+    check_vocabulary,
+    judge_detected,
+    warn_of_doubts,
+)
 from geneval.summary import by_prompt, result_row, summarize
 from t2i import __version__
 from t2i.charts import TINTS
@@ -56,6 +63,7 @@ class GenEval:
         for index, entry in enumerate(entries):
             check_schema(entry, f"prompt {index}")
             check_vocabulary(entry, detector)
+        warn_of_doubts(entries)
         self.entries = entries
         self.detector = detector
         self.options = options or RuleOptions()

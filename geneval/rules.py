@@ -10,7 +10,8 @@ Easy to get wrong, and tested against golden verdicts:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +20,8 @@ from PIL import Image
 from geneval.detector import Detections, Detector
 from t2i.errors import UserError
 
+log = logging.getLogger(__name__)
+
 COLORS = (
     *("red", "orange", "yellow", "green", "blue"),
     *("purple", "pink", "brown", "black", "white"),
@@ -26,7 +29,8 @@ COLORS = (
 
 RELATIONS = ("left of", "right of", "above", "below")
 
-_KEYS = ("class", "count", "color", "position")
+_READ = {"include": ("class", "count", "color", "position"), "exclude": ("class", "count")}
+"""What is judged of the objects in both lists of an entry."""
 _COUNTING = "counting"
 _NOTHING = Detections(np.zeros((0, 4)), np.zeros(0))
 
@@ -119,8 +123,6 @@ def check_schema(entry: object, where: str) -> Mapping:
             and any(asked)
             and all(_can_be_judged(item, i) for part in asked for i, item in enumerate(part))
         ):
-            _refuse_unread(entry, where)
-            _refuse_contradiction(entry, where)
             return entry
     raise UserError(
         f"{where} is {entry!r:.200}, which is not GenEval metadata: give a tag, a prompt and "
@@ -129,33 +131,43 @@ def check_schema(entry: object, where: str) -> Mapping:
     )
 
 
-def _refuse_unread(entry: Mapping, where: str) -> None:
-    """UserError if something was probably meant to be judged, but the rules do not read it."""
-    items = [item for name in ("include", "exclude") for item in entry.get(name, ())]
-    unread = [f"{key!r} of {item['class']!r}" for item in items for key in item if key not in _KEYS]
-    lists = [key for key in entry if key.lower().startswith(("includ", "exclud"))]
-    unread += [repr(key) for key in lists if key not in ("include", "exclude")]
-    if unread:
-        raise UserError(
-            f"{where}: {unread[0]} would not be judged: an entry has include and exclude, and an object "
-            f"{', '.join(_KEYS)}"
-        )
+def warn_of_doubts(entries: Sequence[Mapping]) -> None:
+    """Warn of valid metadata that is judged otherwise than its author may expect."""
+    found = [
+        (place, doubt)
+        for place, entry in enumerate(entries)
+        for doubt in (*_unread(entry), *_impossible(entry))
+    ]
+    if found:
+        more = f" ({len(found)} such doubts in all)" if len(found) > 1 else ""
+        log.warning("prompt %d: %s%s", *found[0], more)
+
+
+def _unread(entry: Mapping) -> Iterator[str]:
+    """What the rules do not read although it was probably meant to be judged."""
+    for part, keys in _READ.items():
+        for item in entry.get(part, ()):
+            if unread := [key for key in item if key not in keys]:
+                yield (
+                    f"{unread[0]!r} of {item['class']!r} in {part} is not judged; only "
+                    f"{', '.join(keys)} are"
+                )
+    for key in entry:
+        if str(key).lower().startswith(("includ", "exclud")) and key not in _READ:
+            yield f"{key!r} is not judged; only {' and '.join(_READ)} are"
     if (tag := entry["tag"]) != _COUNTING and tag.strip().lower() == _COUNTING:
-        raise UserError(
-            f"{where}: the tag {tag!r} is judged by other rules than {_COUNTING!r}; spell it like this"
-        )
+        yield f"the tag {tag!r} is judged by other rules than {_COUNTING!r}"
 
 
-def _refuse_contradiction(entry: Mapping, where: str) -> None:
-    """UserError if no image can be correct, as after an edit of only one of the two counts."""
+def _impossible(entry: Mapping) -> Iterator[str]:
+    """Counts that no image can have, as after an edit of only one of the two."""
     wanted = [(item["class"], item["count"]) for item in entry.get("include", ())]
     for banned in entry.get("exclude", ()):
         for name, count in wanted:
             if name == banned["class"] and banned["count"] <= count:
-                raise UserError(
-                    f"{where}: include asks for at least {count} {name!r} and exclude for fewer than "
-                    f"{banned['count']}, so that no image can be correct; exactly {count} are an "
-                    f"exclude count of {count + 1}"
+                yield (
+                    f"no image can be correct: include asks for at least {count} {name!r}, exclude for "
+                    f"fewer than {banned['count']} (exactly {count} are an exclude count of {count + 1})"
                 )
 
 

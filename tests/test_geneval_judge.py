@@ -10,7 +10,14 @@ from PIL import Image
 
 import geneval
 from geneval.detector import Detections
-from geneval.rules import COLORS, RuleOptions, check_schema, decide, relative_position
+from geneval.rules import (
+    COLORS,
+    RuleOptions,
+    check_schema,
+    decide,
+    relative_position,
+    warn_of_doubts,
+)
 from geneval.summary import format_summary, result_row, summarize
 from t2i.errors import UserError
 
@@ -198,20 +205,29 @@ CIRCLES = {"class": "circle", "count": 3}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"include": [CIRCLES | {"colour": "red"}]}, "'colour' of 'circle' would not be judged"),
-        ({"include": [CIRCLES | {"relation": ["above", 0]}]}, "'relation' of 'circle' would not"),
-        ({"excludes": [CIRCLES]}, "'excludes' would not be judged"),
-        ({"Exclude": [CIRCLES]}, "'Exclude' would not be judged"),
+        ({"include": [CIRCLES | {"colour": "red"}]}, "'colour' of 'circle' in include is not"),
+        (
+            {"include": [CIRCLES | {"relation": ["above", 0]}]},
+            "'relation' of 'circle' in include is not",
+        ),
+        (
+            {"exclude": [CIRCLES | {"count": 4, "color": "red"}]},
+            "'color' of 'circle' in exclude is not",
+        ),
+        ({"excludes": [CIRCLES]}, "'excludes' is not judged"),
+        ({"Exclude": [CIRCLES]}, "'Exclude' is not judged"),
         ({"tag": "Counting"}, "the tag 'Counting' is judged by other rules than 'counting'"),
-        ({"exclude": [CIRCLES]}, "at least 3 'circle' and exclude for fewer than 3"),
+        ({"exclude": [CIRCLES]}, "at least 3 'circle', exclude for fewer than 3"),
     ],
 )
-def test_edits_that_would_change_the_verdict_in_silence(change, message):
-    """They used to be ignored: the color was not judged, or three of anything were enough."""
+def test_edits_that_change_the_verdict_are_pointed_out(change, message, caplog):
+    """They are judged as in the official script, which ignores them, but no longer in silence."""
     entry = {"tag": "counting", "include": [CIRCLES], "prompt": "three circles", "id": 7}
-    check_schema(entry | {"exclude": [CIRCLES | {"count": 4}]}, "prompt 0")
-    with pytest.raises(UserError, match=f"^prompt 0: .*{message}"):
-        check_schema(entry | change, "prompt 0")
+    warn_of_doubts([entry, entry | {"exclude": [CIRCLES | {"count": 4}]}])
+    assert not caplog.messages
+    warn_of_doubts([entry, check_schema(entry | change, "prompt 1")])
+    [said] = caplog.messages
+    assert said.startswith("prompt 1: ") and message in said
 
 
 def test_nothing_to_summarize():

@@ -15,7 +15,7 @@ from dpg_bench.questions import Question, item_problems
 from dpg_bench.score import score_image
 from geneval.detector import Detections, Detector
 from geneval.detectors import CLIP, load_detector
-from geneval.rules import RuleOptions, check_schema, check_vocabulary, decide
+from geneval.rules import RuleOptions, check_schema, check_vocabulary, decide, warn_of_doubts
 from t2i.errors import UserError
 from t2i.reward.reward_options import RewardOptions
 from t2i.shapes.shapes_questions import ANY_SHAPE, PLAIN_BACKGROUND, questions_of
@@ -94,6 +94,7 @@ class GenEvalReward:
         """UserError for metadata that is not GenEval's, or has classes unknown to the detector."""
         for place, entry in enumerate(entries):
             check_vocabulary(check_schema(entry, f"prompt {place}"), self.detector)
+        warn_of_doubts(entries)
 
     def __call__(self, images: Images, metadata: Entries) -> list[float]:
         return [self._of(image, entry) for image, entry in zip(images, metadata, strict=True)]
