@@ -243,9 +243,8 @@ class RewardRun(loop.Run):
         """Save the run, whose weights have not changed since the last step; returns a message."""
         if self.step == 0:
             return "Nothing was learned yet"
-        folder = self.config.run_dir / "checkpoints" / f"step_{self.step:06d}"
-        if self.step > self.saved_step:
-            folder = self.save()
+        already = self.step == self.saved_step
+        folder = self.checkpoints.folder(self.step) if already else self.save()
         return f"Saved after step {self.step} ({folder}): --resume continues from there"
 
     def save(self) -> Path:
