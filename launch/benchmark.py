@@ -31,6 +31,7 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.errors import UserError
+from t2i.sampling import Speed, check_counts
 
 if TYPE_CHECKING:
     import torch
@@ -59,10 +60,8 @@ class SpeedBenchmark:
     """
     images: tuple[int, ...] = (16,)
     """Images drawn at once."""
-    speeds: tuple[str, ...] = ()
-    """Ways to run the steps (eager, compiled, graphs, auto); if none are given, eager, and also
-    graphs on a GPU.
-    """
+    speeds: tuple[Speed, ...] = ()
+    """Ways to run the steps; if none are given, eager, and also graphs on a GPU."""
     peers: tuple[str, ...] = ()
     """Other implementations to compare with, from the list above."""
     llamagen: Path | None = None
@@ -98,9 +97,9 @@ class SpeedBenchmark:
     """Also write STEM.json, STEM.md and (where matplotlib is installed) STEM.svg."""
 
     def __post_init__(self):
-        for name in ("batch", "rounds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_counts(batch=self.batch, rounds=self.rounds)
+        if self.steps < 0:
+            raise UserError(f"steps={self.steps} must be a number of steps, or 0 for all")
         if not self.images or min(self.images) < 1:
             raise UserError(f"images={self.images} must be one or more numbers of at least 1")
 
@@ -108,11 +107,10 @@ class SpeedBenchmark:
 def groups(config: SpeedBenchmark, device: "torch.device", machine: "Machine") -> Iterator[tuple]:
     """Yield (kind of rows, description, function that measures them) for each group."""
     from launch.measure import scaling, timed_sampling, timed_training
-    from t2i.sampling import Speed
 
     if "sampling" in config.what:
-        usual = ("graphs", "eager") if device.type == "cuda" else ("eager",)
-        speeds: tuple[Speed, ...] = config.speeds or usual  # type: ignore[assignment]
+        usual: tuple[Speed, ...] = ("graphs", "eager") if device.type == "cuda" else ("eager",)
+        speeds = config.speeds or usual
         for shape, dtype, images in product(config.shapes, config.dtypes, config.images):
             group = timed_sampling.Group(
                 shape,

@@ -52,7 +52,7 @@ def grid(
     Args:
         columns: images per row; if None, the sheet is about square.
         labels: one for each image; "" for no label.
-        cell: side of a cell in pixels; small images are enlarged without smoothing.
+        cell: side of a cell in pixels, to which images are scaled (small ones without smoothing).
     """
     images = images if isinstance(images, Image.Image) else list(images)
     if isinstance(images, Image.Image) or not all(isinstance(i, Image.Image) for i in images):
@@ -75,12 +75,9 @@ def grid(
     for i, image in enumerate(images):
         x = _GAP + (i % columns) * (cell + _GAP)
         y = _GAP + (i // columns) * (cell + text + _GAP)
-        enlarged = (
-            image
-            if max(image.size) >= cell
-            else image.resize((cell, cell), Image.Resampling.NEAREST)
-        )
-        sheet.paste(enlarged, (x, y))
+        small = max(image.size) <= cell
+        method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+        sheet.paste(ImageOps.contain(image, (cell, cell), method), (x, y))
         if labels and labels[i]:
             draw.text((x, y + cell + 2), _fit(labels[i], cell, font), fill="black", font=font)
     return sheet

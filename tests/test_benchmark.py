@@ -324,6 +324,8 @@ def test_bad_options_are_refused(tmp_path, capsys):
     assert "needs --llamagen DIR" in message("--peers", "llamagen")
     assert "unknown preset 'iclr2025'" in message("--methods", "iclr2025")
     assert "rounds=0 must be at least 1" in message("--rounds", "0")
+    assert "steps=-1 must be" in message("--steps", "-1")
+    assert "invalid choice 'fast'" in message("--speeds", "fast")
     assert "graphs needs a CUDA GPU" in message(
         "sampling", "--shapes", "tiny-class", "--speeds", "graphs"
     )

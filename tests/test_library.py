@@ -296,6 +296,10 @@ def test_grid_makes_a_sheet_and_refuses_bad_arguments():
     assert sheet.size == (2 * 134 + 6, 2 * 134 + 6) and sheet.getpixel((10, 10)) == (255, 0, 0)
     assert np.array_equal(t2i.grid(iter(images), cell=128), sheet)
     assert t2i.grid(images, columns=3, labels=["a", "", "c"]).size == (3 * 134 + 6, 134 + 16 + 6)
+    wide = Image.new("RGB", (40, 20), "red")
+    smaller, larger = t2i.grid([wide], cell=80), t2i.grid([wide, wide], cell=16)
+    assert smaller.getpixel((40, 44)) == (255, 0, 0) and smaller.getpixel((40, 48)) == (255,) * 3
+    assert larger.getpixel((21, 13)) == (255, 0, 0) and larger.getpixel((24, 13)) == (255,) * 3
     for arguments, options, message in (
         ((images[0],), {}, "needs a list of PIL images"),
         (([np.zeros((8, 8, 3))],), {}, "needs a list of PIL images"),

@@ -105,6 +105,16 @@ def test_the_data_of_the_page(page):
             assert (page.parent / column["place"] / name).is_file()
 
 
+def test_a_column_names_its_seed_and_unusual_settings(tmp_path):
+    """Those that are 0 were left out: a greedy model looked like one with the usual settings."""
+    folder = _folder(tmp_path / "columns" / "greedy", RED)
+    sampling = {"temperature": 0.0, "top_k": 0, "cfg_scale": 4.0}
+    write_json(folder / "generation.json", {"seed": 0, "sampling": sampling})
+    written = write_review(tmp_path, [open_column("greedy", folder)], title="")
+    (column,) = _content(written)["columns"]
+    assert column["about"] == "seed 0, temperature 0.0, cfg scale 4.0"
+
+
 def test_verdicts_of_dpg_bench_are_shares_of_passed_questions(tmp_path):
     _folder(tmp_path / "d" / "images", RED, samples=1)
     answers = [("Is there a bus?", "yes", True), ("Is it red?", "no", False)]

@@ -159,6 +159,12 @@ def test_a_reward_that_changes_what_it_is_given():
     assert image.size == (8, 8) and entries == [{"prompt": "x"}]
 
 
+def test_no_images_need_no_reward():
+    """A process may have no share of a watched benchmark, and CLIP cannot stack nothing."""
+    stacks = {"stacks": lambda images, _: np.stack(images).mean((1, 2, 3))}
+    assert Panel(stacks, {"stacks": 1.0}, seconds=30.0, constant=3).judge("stacks", [], []) == []
+
+
 def test_rewards_keep_no_gradients():
     """They run in a thread, where gradients are on by default."""
     asks = {"asks": lambda images, _: [float(torch.is_grad_enabled())]}

@@ -189,6 +189,16 @@ def test_a_run_without_metrics(tmp_path):
     assert "Nothing is logged yet" in written and "control (not there yet)" in written
 
 
+def test_sheets_are_in_the_order_of_steps(tmp_path):
+    """Also once a step has more than six digits."""
+    write_json(tmp_path / "config.json", {})
+    write_text(tmp_path / "metrics.jsonl", "")
+    for step in (999_000, 1_000_000):
+        save_png(Image.new("RGB", (8, 8)), tmp_path / "samples" / f"step_{step:06d}.png")
+    written = write_run_page(tmp_path).read_text()
+    assert written.index("step_999000.png") < written.index("step_1000000.png")
+
+
 def test_a_label_of_any_length_is_cut():
     """A prompt of 100,000 letters used to take minutes, since letters were removed one at a
     time.

@@ -33,9 +33,7 @@ class ClassImages:
     """
 
     def __post_init__(self):
-        check_counts(count=self.count)
-        if self.image_size is not None:
-            check_counts(image_size=self.image_size)
+        check_counts(count=self.count, image_size=self.image_size)
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,7 @@ class Scope:
     """
 
     def __post_init__(self):
-        check_counts(samples=self.samples)
-        if self.limit is not None:
-            check_counts(limit=self.limit)
+        check_counts(samples=self.samples, limit=self.limit)
 
     def select(self, count: int) -> list[int]:
         """Indices of the prompts to use."""

@@ -207,7 +207,8 @@ def known_means(known: Known) -> dict[str, dict[str, dict[str, list[float]]]]:
 
 def loss_difference(a: Known, b: Known) -> dict[str, list[float]]:
     """The loss of final codes (slot 0, own drafts) of a minus that of b, on the same images."""
-    return means((a["own_drafts"]["loss"] - b["own_drafts"]["loss"][:, :1])[:, :1])
+    of_a, of_b = (known["own_drafts"]["loss"][:, :1] for known in (a, b))
+    return means(of_a - of_b)
 
 
 @torch.no_grad()

@@ -204,14 +204,15 @@ def _column(out: Path, column: Column, place: Path, rows: Sequence[int]) -> dict
                 "changed": [_changed(*pair) for pair in pairwise(codes)],
                 "verdict": column.verdicts.get((own, job[1])),
             }
-    generation = read_generation(place) or {}
-    usual = asdict(SamplingConfig())
-    sampling = generation.get("sampling", {}).items()
-    settings = {"seed": generation.get("seed"), **{k: v for k, v in sampling if v != usual.get(k)}}
+    generation, usual = read_generation(place), asdict(SamplingConfig())
+    settings: dict = {}
+    if generation is not None:
+        unusual = {k: v for k, v in generation["sampling"].items() if v != usual.get(k)}
+        settings = {"seed": generation["seed"], **unusual}
     return {
         "name": column.name,
         "place": place.resolve().relative_to(out.resolve()).as_posix(),
-        "about": ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items() if v),
+        "about": ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items()),
         "judge": column.judge,
         "grid": grid,
         "images": images,

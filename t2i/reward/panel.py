@@ -70,6 +70,8 @@ class Panel:
             RewardError: the reward raised, took too long, or did not give one finite number per
                 image.
         """
+        if not images:
+            return []
         given = self._ask(name, images, entries)
         about = _example(entries)
         try:

@@ -55,8 +55,7 @@ def _unreadable(config: RewardConfig, model: TensorAR) -> Iterator[str]:
     """A line on the prompts of a user's file that have no text the encoder can read."""
     if config.reward.world == "shapes" or config.reward.prompts == "official":
         return
-    pool = training_prompts(config.reward, config.seed)
-    prompts = [entry["prompt"] for entries in pool.tasks.values() for entry in entries]
+    prompts = [entry["prompt"] for entry in training_prompts(config.reward, config.seed).every()]
     notes = model.backbone.caption_notes(prompts)
     if lost := [text for text, found in zip(prompts, notes, strict=True) if found is None]:
         yield (

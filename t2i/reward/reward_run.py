@@ -37,7 +37,7 @@ from t2i.reward.rewards import load_rewards
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions
 from t2i.training import loop, run_state
-from t2i.training.engine import healthy_norm, set_rates, start_processes
+from t2i.training.engine import grad_norm, healthy_norm, set_rates, start_processes
 from t2i.training.start import build_model, check_start, start_facts
 
 _DRAWN = 31
@@ -216,7 +216,7 @@ class RewardRun(loop.Run):
             self.engine.backward(loss)
             parts.append(sums)
             if self.engine.is_gradient_accumulation_boundary():
-                norm = loop.grad_norm(self.engine)
+                norm = grad_norm(self.engine)
                 totals, healthy = self._agree(torch.stack(parts).sum(0), norm)
                 if not healthy:  # before any weight is touched
                     self._refuse("loss or gradient", self.step + 1)
@@ -243,9 +243,8 @@ class RewardRun(loop.Run):
         """Save the run, whose weights have not changed since the last step; returns a message."""
         if self.step == 0:
             return "Nothing was learned yet"
-        folder = self.config.run_dir / "checkpoints" / f"step_{self.step:06d}"
-        if self.step > self.saved_step:
-            folder = self.save()
+        already = self.step == self.saved_step
+        folder = self.checkpoints.folder(self.step) if already else self.save()
         return f"Saved after step {self.step} ({folder}): --resume continues from there"
 
     def save(self) -> Path:

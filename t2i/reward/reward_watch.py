@@ -33,7 +33,7 @@ def benchmark_of(name: str, world: str, per_task: int) -> list[dict]:
 
             graph = load_questions("official")
         items = [{"prompt": graph.prompts[i], "questions": q} for i, q in graph.items.items()]
-        step = max(1, len(items) // (6 * per_task)) if per_task else 1
+        step = max(1, len(items) // (len(TAGS) * per_task)) if per_task else 1
         return items[::step]
     if world == "shapes":
         return benchmark_prompts(per_tag=per_task or 20)

@@ -30,11 +30,10 @@ from t2i.tensorar.loss import SlotLosses
 from t2i.tensorar.model import TensorAR
 from t2i.training import run_state
 from t2i.training.average import Average
-from t2i.training.batches import TrainingData
+from t2i.training.batches import Batch, TrainingData
 from t2i.training.check import look_at_model, look_before_work
 from t2i.training.config import TrainConfig
 from t2i.training.engine import (
-    Batch,
     TrainingLoss,
     autocast,
     grad_norm,

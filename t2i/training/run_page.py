@@ -171,12 +171,9 @@ def _sheets_html(run_dir: Path, config: Mapping) -> str:
 def _slider_html(run_dir: Path, ending: str, title: str, below: str) -> str:
     """A section with the sheets named step_NUMBER + ending; "" if there are none."""
     named = re.compile(rf"step_(\d+){ending}")
-    sheets = sorted((run_dir / "samples").glob("*.png"))
-    frames = [
-        (f"samples/{sheet.name}", f"step {int(found[1]):,}")
-        for sheet in sheets
-        if (found := named.fullmatch(sheet.stem))
-    ]
+    sheets = (run_dir / "samples").glob("*.png")
+    found = {int(match[1]): s.name for s in sheets if (match := named.fullmatch(s.stem))}
+    frames = [(f"samples/{name}", f"step {step:,}") for step, name in sorted(found.items())]
     if not frames:
         return ""
     return f"<section><h2>{title}</h2>{frames_html(frames, 'step')}{below}</section>"

@@ -120,9 +120,8 @@ def about_settings(config: TrainConfig, plan: Plan) -> Iterator[str]:
                 f"no checkpoint before the last of {plan.steps} steps: a kill loses everything; "
                 "give a smaller --log.save-every"
             )
-        sheets, validations = plan.sample_every, plan.validate_every
-        looks = (sheets if 0 < sheets < plan.steps else 0) or (0 < validations < plan.steps)
-        if not looks and not log.at_start:
+        looks = (plan.sample_every, plan.validate_every)
+        if not any(0 < every < plan.steps for every in looks) and not log.at_start:
             yield (
                 "no sample sheet and no validation before the end; give a smaller "
                 "--log.sample-every and --log.validate-every"

@@ -29,7 +29,7 @@ from t2i.processes import Processes
 from t2i.tensorar.model import TensorAR
 from t2i.training.average import Average
 from t2i.training.batches import TrainingData
-from t2i.training.config import TrainConfig
+from t2i.training.config import METRICS, TrainConfig
 from t2i.training.engine import whole_weights
 from t2i.training.run_plan import least_held_out
 from t2i.training.settings import check_settings, plain, state_facts, warn_of_rounding
@@ -65,6 +65,10 @@ class Checkpoints:
         # Once: the DeepSpeed file that it reads may be gone by the time of a save.
         self._state = state_facts(self.config, self.processes.world_size)
 
+    def folder(self, step: int) -> Path:
+        """The folder of the checkpoint after step `step`."""
+        return self.config.run_dir / "checkpoints" / f"step_{step:06d}"
+
     def save(self, step: int) -> Path:
         """Save after step `step`, and delete the oldest checkpoints.
 
@@ -72,7 +76,7 @@ class Checkpoints:
             UserError: the disk is full.
             NotFiniteError: the optimizer's state is not finite.
         """
-        folder = self.config.run_dir / "checkpoints" / f"step_{step:06d}"
+        folder = self.folder(step)
         average = {} if self.average is None else self.average.weights
 
         def write_training_state(partial: Path) -> None:
@@ -227,9 +231,14 @@ def owned(config: TrainConfig, processes: Processes) -> Iterator[None]:
         yield
 
 
+def _has_results(run_dir: Path) -> bool:
+    """Whether a run has logged or saved anything in this folder."""
+    return bool(run_checkpoints(run_dir)) or (run_dir / METRICS).exists()
+
+
 def _is_run(run_dir: Path) -> bool:
     """Whether a run has begun in this folder."""
-    if run_checkpoints(run_dir) or (run_dir / "metrics.jsonl").exists():
+    if _has_results(run_dir):
         return True
     with suppress(UserError):
         return "plan" in read_object(run_dir / "config.json")
@@ -267,7 +276,7 @@ def claim_run_dir(config: TrainConfig) -> Path | None:
         check_settings(config, read_json(settings), config.run_dir)
         log.warning("%s was stopped before its first checkpoint: starting again", config.run_dir)
         return None
-    if run_checkpoints(config.run_dir) or (config.run_dir / "metrics.jsonl").exists():
+    if _has_results(config.run_dir):
         raise UserError(
             f"{config.run_dir} already holds a run; give --resume to continue it, or another "
             "--run-dir"
