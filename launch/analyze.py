@@ -166,12 +166,18 @@ def _unlike(options: "dict[str, DrawingModelOptions]", models: "dict[str, Tensor
     """Reasons why the comparison with a control is missing or unfair.
 
     Raises:
-        UserError: the control draws other codes, so there is nothing to compare.
+        UserError: the control draws other codes or is of another family, so there is nothing to
+            compare.
     """
     if "control" not in models:
         yield "a control: give --control (the base fine-tuned as usual for the same steps)"
         return
     own, other = (models[who].backbone.spec for who in ("model", "control"))
+    if own.family != other.family:  # the same numbers then mean other codes
+        raise UserError(
+            f"the model is of the family {own.family} and the control of {other.family}: give a "
+            "--control that was trained from the same base"
+        )
     if (own.subvocabs, own.grid, own.cond_kind) != (other.subvocabs, other.grid, other.cond_kind):
         raise UserError(
             "the control draws other codes: give a --control that was trained from the same base"
