@@ -212,6 +212,9 @@ def test_bad_options_are_refused(refusal, plain, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # before a model is loaded
         patch.setattr(DrawingModelOptions, "load", None)
         assert "--renoise 0" in refusal(*few, "--renoise", "0.5")
+        (tmp_path / "own").mkdir()
+        (tmp_path / "own" / "index.html").write_text("<title>my own</title>")
+        assert "own/index.html would be" in refusal(*few[:-1], tmp_path / "own")
         assert "gone.txt cannot be read" in refusal(*few, "--prompt-file", tmp_path / "gone.txt")
 
 
