@@ -99,8 +99,10 @@ def main() -> None:
     options = config.models()
     wheres = {who: own.check() for who, own in options.items()}
     from t2i.evaluation.evidence_page import write_evidence
+    from t2i.pages import refuse_other_page
 
     _typed(config)  # reports an unreadable prompt file before any work
+    refuse_other_page(config.out / "index.html")
     with owning(config.out, "analysis folder"):
         remove_leftovers(config.out)
         models = {who: own.load(*wheres[who]) for who, own in options.items()}
@@ -166,12 +168,18 @@ def _unlike(options: "dict[str, DrawingModelOptions]", models: "dict[str, Tensor
     """Reasons why the comparison with a control is missing or unfair.
 
     Raises:
-        UserError: the control draws other codes, so there is nothing to compare.
+        UserError: the control draws other codes or is of another family, so there is nothing to
+            compare.
     """
     if "control" not in models:
         yield "a control: give --control (the base fine-tuned as usual for the same steps)"
         return
     own, other = (models[who].backbone.spec for who in ("model", "control"))
+    if own.family != other.family:  # the same numbers then mean other codes
+        raise UserError(
+            f"the model is of the family {own.family} and the control of {other.family}: give a "
+            "--control that was trained from the same base"
+        )
     if (own.subvocabs, own.grid, own.cond_kind) != (other.subvocabs, other.grid, other.cond_kind):
         raise UserError(
             "the control draws other codes: give a --control that was trained from the same base"

@@ -57,7 +57,8 @@ class _Task:
 def is_main_process() -> bool:
     """Whether this is rank 0, the process that prints messages for the user."""
     adopt_launcher()
-    return os.environ.get("RANK", "0") == "0"
+    # Without a size, RANK is left over in the shell: there is no other process to print anything.
+    return os.environ.get("RANK", "0") == "0" or not os.environ.get("WORLD_SIZE")
 
 
 def world_size() -> int:

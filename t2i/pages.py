@@ -7,8 +7,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from t2i.charts import Chart, reading, svg
+from t2i.errors import UserError
 
 _ASSETS = Path(__file__).parent / "assets" / "pages"
+_ICON = '<link rel="icon" href="data:,">'
 
 
 def html_page(title: str, body: str, *, name: str, styles: str = "") -> str:
@@ -26,7 +28,7 @@ def html_page(title: str, body: str, *, name: str, styles: str = "") -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title>
-<link rel="icon" href="data:,">
+{_ICON}
 <style>
 {base}{style}{styles}</style>
 </head>
@@ -37,6 +39,15 @@ def html_page(title: str, body: str, *, name: str, styles: str = "") -> str:
 </body>
 </html>
 """
+
+
+def refuse_other_page(path: Path) -> None:
+    """UserError if a file where a page is to be written is not a page of `html_page`."""
+    if path.is_file() and f"</title>\n{_ICON}\n<style>".encode() not in path.read_bytes():
+        raise UserError(
+            f"{path} would be overwritten, and is not a page of this kit; move it, or give another "
+            "folder with --out"
+        )
 
 
 def _read(name: str) -> str:

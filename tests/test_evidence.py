@@ -205,10 +205,16 @@ def test_bad_options_are_refused(refusal, plain, tmp_path, monkeypatch):
     assert "no model: give --ckpt" in refusal()
     few = ("--ckpt", plain, "--prompt", "x", "--held-out", "0", "--out", tmp_path / "a")
     assert "draws other codes" in refusal(*few, "--control", "shapes")
+    other = ("--ckpt", "shapes", "--control", "shapes-janus", "--prompt", "x", "--samples", "1")
+    words = "the family llamagen and the control of janus"  # a traceback, with held-out images
+    assert words in refusal(*other, "--held-out", "0", "--out", tmp_path / "b")
     assert "no prompts" in refusal("--ckpt", "shapes", "--held-out", "0")
     with monkeypatch.context() as patch:  # before a model is loaded
         patch.setattr(DrawingModelOptions, "load", None)
         assert "--renoise 0" in refusal(*few, "--renoise", "0.5")
+        (tmp_path / "own").mkdir()
+        (tmp_path / "own" / "index.html").write_text("<title>my own</title>")
+        assert "own/index.html would be" in refusal(*few[:-1], tmp_path / "own")
         assert "gone.txt cannot be read" in refusal(*few, "--prompt-file", tmp_path / "gone.txt")
 
 

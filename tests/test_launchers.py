@@ -289,3 +289,12 @@ def test_a_size_without_a_rank_means_one_process(monkeypatch):
     """As training takes it; drawing ended in a traceback."""
     monkeypatch.setattr(os, "environ", {"WORLD_SIZE": "8"})
     assert join_processes(torch.device("cpu")).world_size == 1
+
+
+@pytest.mark.parametrize("rank", ["1", "x", ""])
+def test_a_rank_without_a_size_silences_nothing(monkeypatch, rank):
+    """Programs of one process used to draw and judge without a message."""
+    monkeypatch.setattr(os, "environ", {"RANK": rank})
+    assert launcher.is_main_process()
+    os.environ["WORLD_SIZE"] = "2"
+    assert not launcher.is_main_process()

@@ -294,6 +294,16 @@ def test_bad_models_are_refused(refusal):
     )
 
 
+def test_a_page_of_the_users_own_is_kept(refusal, tmp_path):
+    """It used to be overwritten."""
+    page = tmp_path / "index.html"
+    page.write_text("<title>mine</title>")
+    message = refusal("--ckpt", "shapes", "--prompt", "x", "--out", tmp_path)
+    assert "index.html would be overwritten" in message and page.read_text().endswith(
+        "mine</title>"
+    )
+
+
 def test_with_base_is_refused_for_an_export(tmp_path, refusal, shapes_ckpt):
     """An export does not contain its base. The message used to say: give it as --ckpt, which is
     what the user had done.

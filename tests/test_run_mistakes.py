@@ -4,7 +4,7 @@ links; and options that would do nothing.
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from t2i.reward.reward_run import RewardRun
 from t2i.sampling import DrawOptions, SamplingConfig
 from t2i.tensorar.method import TensorARConfig
 from t2i.training.check import check
+from t2i.training.config import TrainConfig
 from t2i.training.loop import train
 from t2i.training.recipes import recipe
 
@@ -257,6 +258,31 @@ def test_a_reward_run_resumes_with_its_own_start_only(plain, copied, tiny_world,
         train(replace(on, backbone=elsewhere), RewardRun)
     moved = shutil.copytree(plain, tmp_path / "moved")
     train(replace(on, backbone=replace(base.backbone, weights=str(moved))), RewardRun)
+
+
+def test_a_run_is_resumed_with_its_own_objective_only(plain, copied, tiny_world):
+    """If all other settings agreed, a run of reward fine-tuning used to go on as usual fine-tuning,
+    and the other way round.
+    """
+    reward = tiny_reward_run(tiny_world, "objective", steps=1)
+    own = {f.name: getattr(reward, f.name) for f in fields(TrainConfig)}
+    usual = TrainConfig(**own | {"run_dir": tiny_world / "runs" / "objective-of-data"})
+    on = {"resume": True, "steps": 2}
+    train(reward, RewardRun)
+    with pytest.raises(UserError, match=r"learns from the images.* use the program that began it"):
+        train(replace(usual, **on, run_dir=reward.run_dir))
+    train(usual)
+    with pytest.raises(UserError, match=r"learns from data.* use the program that began it"):
+        train(replace(reward, **on, run_dir=usual.run_dir), RewardRun)
+
+
+def test_settings_of_another_version_are_named(plain, copied, tiny_world, caplog):
+    """A run used to be resumed without them, and without a word."""
+    folder = copied(plain)
+    config = json.loads((folder / "config.json").read_text())["training"]["config"]
+    rewrite(folder, config=config | {"lookahead": 5, "optim": config["optim"] | {"momentum": 0.9}})
+    train(tiny_run(tiny_world, folder.parents[1].name, resume=True))
+    assert "kit does not know: optim.momentum=0.9, lookahead=5\n" in caplog.text
 
 
 # -- weights ---------------------------------------------------------------------------------------

@@ -220,6 +220,14 @@ def test_a_folder_with_other_images(monkeypatch, plain, tmp_path, caplog):
     assert (tmp_path / "mine.JPG").read_bytes() == b"x"
 
 
+def test_a_sheet_of_the_users_own_is_kept(monkeypatch, plain, tmp_path):
+    """It used to be overwritten."""
+    (tmp_path / "grid.png").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"grid\.png would be overwritten"):
+        draw(monkeypatch, plain, "--samples", 1, "--out", tmp_path)
+    assert (tmp_path / "grid.png").read_bytes() == b"x"
+
+
 @pytest.mark.parametrize("folder", ["shapes", "shapes/images"])
 def test_a_shipped_base_where_a_folder_has_its_name(monkeypatch, tmp_path, folder, caplog):
     """The folder used to be taken for an incomplete checkpoint."""

@@ -172,6 +172,11 @@ class GenerationFolder(Place):
     def _begin(self, settings: dict) -> None:
         stopped, names = self.record.is_file(), sorted(path.name for path in self.out.glob("*"))
         others = [name for name in names if is_image(Path(name)) and name not in SHEETS]
+        if not (stopped or self.is_occupied()) and (sheets := SHEETS.intersection(names)):
+            raise UserError(
+                f"{self.out / min(sheets)} would be overwritten, and is not a sheet of images that "
+                "were drawn there; move it, or give another --out"
+            )
         if others and not stopped:
             text = "%s holds other images (%s, ...); sheets and folders are written next to them"
             log.warning(text, self.out, others[0])

@@ -8,6 +8,7 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
+from t2i import __version__
 from t2i.errors import UserError
 from t2i.fields import leaves
 from t2i.training.config import TrainConfig
@@ -34,6 +35,8 @@ FREE = (
 """May change silently: results do not depend on them. (The content of the DeepSpeed file matters,
 and `warn_of_rounding` compares it.)
 """
+RECORDED = ("plan", "sheet_prompts")
+"""What a run's config.json holds besides its settings."""
 
 
 def settings_of(config: TrainConfig, caller: str) -> TrainConfig:
@@ -60,10 +63,19 @@ def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
 
     `stored` may lack options that are newer than the run.
     """
-    before = leaves(stored)
+    own = plain(config)
+    if ("reward" in stored) != ("reward" in own):
+        taught = ("the images that it draws", "data")
+        was, would = taught if "reward" in stored else reversed(taught)
+        raise UserError(
+            f"cannot resume {where}: that run learns from {was}, and this program's learn from "
+            f"{would}; use the program that began it, or start a new run_dir from its weights, with "
+            "--backbone.weights"
+        )
+    before, now = leaves(stored), leaves(own)
     changed = {
         name: f"{name}: {before[name]} -> {value}"
-        for name, value in leaves(plain(config)).items()
+        for name, value in now.items()
         if name in before and before[name] != value and not _in(FREE + ROUNDING, name)
     }
     if others := [text for name, text in changed.items() if not _in(APPLIED, name)]:
@@ -78,6 +90,15 @@ def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
         )
     if changed:
         log.warning("resuming %s with changed settings: %s", where, "; ".join(changed.values()))
+    if unknown := [
+        f"{name}={value}"
+        for name, value in before.items()
+        if name not in now and not _in((*FREE, *RECORDED), name)
+    ]:
+        log.warning(
+            "resuming %s without settings that this version (%s) of the kit does not know: %s",
+            *(where, __version__, ", ".join(unknown)),
+        )
 
 
 def state_facts(config: TrainConfig, world_size: int) -> dict:
