@@ -365,6 +365,21 @@ def test_misspelt_deepspeed_keys(settings, words, tmp_path):
     assert deepspeed_config(config, 1)["zero_optimization"]["offload_optimizer"]["ratio"] == 0.5
 
 
+def test_files_of_other_trainers_leave_settings_open(tmp_path):
+    """As in the files that transformers' documentation gives: "auto" is the trainer's own value."""
+    path = tmp_path / "zero.json"
+    config = TrainConfig(engine=replace(TrainConfig().engine, deepspeed_config=path, zero_stage=3))
+    part = {"enabled": "auto", "loss_scale": 0}
+    content = {"bf16": {"enabled": "auto"}, "fp16": part, "train_batch_size": "auto"}
+    zero = {"stage": 3, "overlap_comm": True}
+    path.write_text(json.dumps(content | {"zero_optimization": zero}))
+    assert deepspeed_config(config, 1)["zero_optimization"] == zero
+    fixed = {"fp16": part | {"enabled": True}, "optimizer": {"type": "AdamW"}, "steps_per_print": 9}
+    path.write_text(json.dumps(content | fixed))
+    with pytest.raises(UserError, match="sets fp16, optimizer, steps_per_print; only zero_opt"):
+        deepspeed_config(config, 1)
+
+
 @pytest.mark.parametrize(("name", "stage"), [("offload_optimizer", 0), ("offload_param", 2)])
 def test_offloading_that_would_not_happen(name, stage, tmp_path):
     """DeepSpeed passes over it at such a stage, and the memory is not saved."""

@@ -97,7 +97,11 @@ def _zero_settings(path: Path, stage: int) -> dict:
         raise UserError(
             f'engine.deepspeed_config {path} must hold {{"zero_optimization": {{...}}}}'
         )
-    others = sorted(set(content) - {"zero_optimization"})
+    others = sorted(
+        name
+        for name, value in content.items()
+        if name != "zero_optimization" and not _left_to_the_program(value)
+    )
     if others:
         raise UserError(
             f"{path} sets {', '.join(others)}; only zero_optimization may be set there, use this "
@@ -114,6 +118,11 @@ def _zero_settings(path: Path, stage: int) -> dict:
         )
     _refuse_unread(settings, stage, path)
     return settings
+
+
+def _left_to_the_program(value: object) -> bool:
+    """Whether a file for other trainers leaves this setting, or the use of this part, open."""
+    return value == "auto" or (isinstance(value, dict) and value.get("enabled") == "auto")
 
 
 def _refuse_unread(settings: dict, stage: int, path: Path) -> None:
