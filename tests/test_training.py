@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ from t2i.files import read_json_lines
 from t2i.processes import ALONE, Processes
 from t2i.shapes.shapes_source import write_dataset
 from t2i.training.batches import TrainingData
-from t2i.training.config import OptimOptions
-from t2i.training.engine import TrainingLoss, parameter_groups
+from t2i.training.config import OptimOptions, TrainConfig
+from t2i.training.engine import TrainingLoss, parameter_groups, set_rates
 from t2i.training.logs import read_metrics
 from t2i.training.loop import Run, train
 from t2i.training.start import build_model
@@ -181,6 +182,10 @@ def test_learning_rates_are_functions_of_the_step(tiny_world, plain):
     assert [optim.backbone_rate(s, 8) for s in range(5)] == pytest.approx([0, 0, 0.075, 0.1, 0.1])
     rates = [row["lr/codec"] for row in metrics(tiny_world, "plain")]
     assert rates == [1e-2 * (1 - step / 3) for step in range(3)]
+    groups = [{"part": "backbone"}]  # of a control: it has no codec
+    engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups))
+    assert set_rates(engine, replace(TrainConfig(), optim=optim), 3, 8) == {"backbone": 0.1}
+    assert groups == [{"part": "backbone", "lr": 0.1}]
 
 
 def test_parameter_groups(tiny_world):

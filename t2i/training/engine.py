@@ -240,14 +240,17 @@ def start_engine(model: TensorAR, config: TrainConfig, processes: Processes, los
 
 
 def set_rates(engine, config: TrainConfig, step: int, steps: int) -> dict[str, float]:
-    """Set and return the learning rates of a step, which depend only on the step."""
+    """Set the learning rates of a step, which depend only on the step; returns those of the trained
+    parts.
+    """
     rates = {
         "codec": config.optim.codec_rate(step, steps),
         "backbone": config.optim.backbone_rate(step, steps),
     }
-    for group in engine.optimizer.param_groups:
+    groups = engine.optimizer.param_groups
+    for group in groups:
         group["lr"] = rates[group["part"]]
-    return rates
+    return {group["part"]: group["lr"] for group in groups}
 
 
 def grad_norm(engine) -> Tensor | None:
