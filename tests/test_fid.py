@@ -309,6 +309,8 @@ def test_sets_of_other_sizes(tmp_path, network, caplog):
     np.savez(tmp_path / "s.npz", **statistics)
     score(squares, tmp_path / "s.npz", network)
     assert not caplog.records
+    score(photos, tmp_path / "s.npz", network)
+    assert "samples of 6 x 6 to 12 x 9 px" in caplog.text and "reference of" not in caplog.text
 
 
 def test_fewer_images_than_the_protocol(tmp_path, network, monkeypatch):

@@ -240,13 +240,16 @@ def score_images(
 
 
 def _warn_of_sizes(samples: list[list[int]], reference: list[list[int]] | None) -> None:
-    """Warn if the network sees the two sets in different ways: it makes a square of every image."""
-    sets = {"samples": samples, "reference": reference or samples}
+    """Warn if the network sees the two sets in different ways: it makes a square of every image.
+
+    reference: None if only its statistics are known.
+    """
+    sets = {"samples": samples} | ({} if reference is None else {"reference": reference})
     shown = [
         f"{name} of " + " to ".join(f"{width} x {height}" for width, height in sizes)
         for name, sizes in sets.items()
     ]
-    alike = len(samples) == 1 and samples == (reference or samples)
+    alike = len(samples) == 1 and reference in (None, samples)
     if not alike or samples[0][0] != samples[0][1]:
         log.warning(
             f"{', '.join(shown)} px: every image is stretched to a square of 299 px, so the scores also "
