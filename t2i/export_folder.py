@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from t2i.checkpoint import from_pretrained, save_pretrained
+from t2i.checkpoint import from_pretrained, save_pretrained, trained_parts
 from t2i.checkpoint_folders import EXPORTED, choose_checkpoint, find_checkpoint, read_config
 from t2i.errors import UserError
 from t2i.evaluation.draw import draw_prompts
@@ -175,7 +175,7 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
         model.codec.to(dtype)
     inner = folder / EXPORTED
     save_pretrained(model, inner, tuning="codec", sampling=model.sampling, training=facts)
-    return [*parts, Part("TensorAR", EXPORTED + "/", _size(inner))]
+    return [*parts, Part("TensorAR" if model.codec else "settings", EXPORTED + "/", _size(inner))]
 
 
 def _backbone_folder(model: TensorAR, files: BackboneSource, weights: Path, folder: Path) -> dict:
@@ -256,14 +256,15 @@ def model_card(
 
     asked: the prompt in the example call.
     """
-    source, training = config["backbone"], config["training"]
+    source, method, training = config["backbone"], config["method"], config["training"]
     family, draws_classes = find_family(source["family"]), cond_kind == "class"
+    how, about, tag = _AS_USUAL if method["k"] == 1 else _WITH_TENSORAR
     run = training.get("config", {})
     base = source["weights"]
     if {*Path(base).parts} == {_ABOVE}:  # an export, which does not record its original base
         base = source.get("shipped_base") or "an export of this kit"
     pipeline = "unconditional-image-generation" if draws_classes else "text-to-image"
-    head = [f"pipeline_tag: {pipeline}", "tags: [tensorar, autoregressive]"]
+    head = [f"pipeline_tag: {pipeline}", f"tags: [{tag}autoregressive]"]
     if family.library is not None:
         head.append(f"library_name: {family.library}")
     if _public_name(base) == base and base.count("/") == 1:
@@ -271,8 +272,10 @@ def model_card(
     data = run.get("data", {}).get("source") or []
     recipe = {
         "base": _public_name(base),
-        "what was trained": _trained(config),
-        "TensorAR": _listed(config["method"]),
+        "what was trained": trained_parts(
+            config["tuning"], config.get("image_layers", False), method["k"]
+        ),
+        "TensorAR": _listed(method) if method["k"] > 1 else None,
         "optimizer steps": training.get("step"),
         "samples per step": run.get("batch_size"),
         "data": ", ".join(map(_public_name, [data] if isinstance(data, str) else data)) or None,
@@ -284,8 +287,7 @@ def model_card(
     call = f"[{asked or 0}]"  # class 0 always exists
     if not draws_classes:
         call = f"[{json.dumps(asked or with_trigger(training, _PROMPT), ensure_ascii=False)}]"
-    lines = ["---", *head, "---", "", f"# {source['family']} with TensorAR", ""]
-    lines += [_ABOUT, ""]
+    lines = ["---", *head, "---", "", f"# {source['family']}{how}", "", about, ""]
     lines += [f"![Samples]({grid})", ""] if grid else []
     lines += ["## Recipe", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in recipe.items() if value is not None]
@@ -301,11 +303,19 @@ def model_card(
     return "\n".join(lines)
 
 
-_ABOUT = (
+# How the model was trained: in the title, in words, and as a tag.
+_WITH_TENSORAR = (
+    " with TensorAR",
     "An autoregressive image generator that predicts a window of overlapping codes per step and so "
     "refines what it draws (TensorAR, [arXiv 2505.16324](https://arxiv.org/abs/2505.16324)). The "
     f"folder itself is the fine-tuned base model; `{EXPORTED}/` holds TensorAR's input encoder and "
-    "output decoder."
+    "output decoder.",
+    "tensorar, ",
+)
+_AS_USUAL = (
+    ", fine-tuned as usual",
+    "An autoregressive image generator, fine-tuned without TensorAR (the control).",
+    "",
 )
 _PROMPT = "a photo of a red circle"
 
@@ -318,14 +328,6 @@ def _public_name(source: str) -> str:
     """A name that may be published: for a local path, only its last part."""
     local = source.startswith(("/", ".", "~", "\\")) or source.count("/") > 1 or ":\\" in source
     return absolute(source).name if local or Path(source).exists() else source
-
-
-def _trained(config: dict) -> str:
-    own = {"full": "the backbone", "lora": "LoRA adapters (merged here)", "codec": ""}[
-        config["tuning"]
-    ]
-    layers = "the image layers" if config.get("image_layers") else ""
-    return ", ".join(part for part in (own, layers, "TensorAR's codec") if part)
 
 
 def _usage(family: Family, asked: str) -> list[str]:
