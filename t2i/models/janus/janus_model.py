@@ -236,7 +236,7 @@ class Janus(LlamaBackbone):
         model = self.janus.model
         return model.generation_aligner(model.generation_embeddings(codes[..., 0]))
 
-    def finish(self, x: Tensor) -> Tensor:
+    def finish(self, x: Tensor, *shared: Tensor) -> Tensor:
         return self.language_model.norm(x)
 
     def rope_table(self) -> Tensor:

@@ -219,7 +219,7 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
     def blocks(self) -> nn.ModuleList:
         return self.gpt.layers
 
-    def finish(self, x: Tensor) -> Tensor:
+    def finish(self, x: Tensor, *shared: Tensor) -> Tensor:
         return self.gpt.norm(x)
 
     def head(self, h: Tensor, earlier: Tensor) -> tuple[Tensor, nn.Module]:
