@@ -22,7 +22,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from t2i.errors import UserError
+from t2i.errors import UserError, naming
 from t2i.models.base import AS_PUBLISHED, BackboneSpec, LoadOptions
 from t2i.models.blocks import LlamaBackbone
 from t2i.models.conditions import Condition
@@ -33,7 +33,7 @@ from t2i.models.janus.janus_modules import JanusModel, LanguageModel, rope_table
 from t2i.models.janus.janus_prompts import IMAGE, JanusPrompts
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.sampling import SamplingConfig
-from t2i.weights import load_strict, naming, read_folder, reading_shape
+from t2i.weights import load_strict, read_folder, reading_shape
 
 log = logging.getLogger(__name__)
 

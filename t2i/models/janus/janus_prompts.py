@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from t2i.errors import UserError
+from t2i.errors import UserError, naming
 from t2i.fields import read_object
 from t2i.files import text_sha256, write_json
 from t2i.lfs import refuse_pointers
@@ -69,10 +69,8 @@ class JanusPrompts:
         named: dict = {
             k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items() if v
         }
-        try:
+        with naming(path):
             prompts = JanusPrompts(tokenizer, max_tokens=max_tokens, **named)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
         prompts.folder = Path(folder)
         return prompts
 
