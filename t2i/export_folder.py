@@ -112,8 +112,8 @@ def is_exported(checkpoint: Path, out: Path) -> bool:
     if not out.exists():
         return False
     if (out / EXPORTED / MANIFEST).is_file():
-        facts = read_config(out / EXPORTED).get("training")
-        if isinstance(facts, dict) and facts.get("exported_from") == _fingerprint(checkpoint):
+        facts = read_config(out / EXPORTED)["training"]
+        if facts.get("exported_from") == _fingerprint(checkpoint):
             return True
     raise UserError(f"{out} exists; export to a new folder (it is not an export of {checkpoint})")
 
@@ -256,10 +256,9 @@ def model_card(
 
     asked: the prompt in the example call.
     """
-    source, method, training = config["backbone"], config["method"], config["training"]
+    source, training = config["backbone"], config["training"]
     family, draws_classes = find_family(source["family"]), cond_kind == "class"
-    how, about, tag = _AS_USUAL if method["k"] == 1 else _WITH_TENSORAR
-    run = training.get("config", {})
+    how, about, tag = _AS_USUAL if config["method"]["k"] == 1 else _WITH_TENSORAR
     base = source["weights"]
     if {*Path(base).parts} == {_ABOVE}:  # an export, which does not record its original base
         base = source.get("shipped_base") or "an export of this kit"
@@ -269,27 +268,13 @@ def model_card(
         head.append(f"library_name: {family.library}")
     if _public_name(base) == base and base.count("/") == 1:
         head.append(f"base_model: {base.partition(':')[0]}")
-    data = run.get("data", {}).get("source") or []
-    recipe = {
-        "base": _public_name(base),
-        "what was trained": trained_parts(
-            config["tuning"], config.get("image_layers", False), method["k"]
-        ),
-        "TensorAR": _listed(method) if method["k"] > 1 else None,
-        "optimizer steps": training.get("step"),
-        "samples per step": run.get("batch_size"),
-        "data": ", ".join(map(_public_name, [data] if isinstance(data, str) else data)) or None,
-        "trigger words": trigger_of(training),
-        "optimizer": _listed(run["optim"]) if run else None,
-        "precision": run.get("engine", {}).get("precision"),
-        "kit version": config["kit_version"],
-    }
     call = f"[{asked or 0}]"  # class 0 always exists
     if not draws_classes:
         call = f"[{json.dumps(asked or with_trigger(training, _PROMPT), ensure_ascii=False)}]"
     lines = ["---", *head, "---", "", f"# {source['family']}{how}", "", about, ""]
     lines += [f"![Samples]({grid})", ""] if grid else []
     lines += ["## Recipe", "", "| | |", "|---|---|"]
+    recipe = {"base": _public_name(base), **_recipe(config)}
     lines += [f"| {name} | {value} |" for name, value in recipe.items() if value is not None]
     lines += ["", "## Scores", ""]
     lines += (
@@ -301,6 +286,24 @@ def model_card(
     lines += ["", "## Use", "", "```python", *_usage(family, call), "```", ""]
     lines += ["The license of the base model applies.", ""]
     return "\n".join(lines)
+
+
+def _recipe(config: dict) -> dict[str, object]:
+    """How a checkpoint was trained, from its config.json; None for what is not known."""
+    training, k = config["training"], config["method"]["k"]
+    run = training.get("config", {})
+    data = run.get("data", {}).get("source") or []
+    return {
+        "what was trained": trained_parts(config["tuning"], config.get("image_layers", False), k),
+        "TensorAR": _listed(config["method"]) if k > 1 else None,
+        "optimizer steps": training.get("step"),
+        "samples per step": run.get("batch_size"),
+        "data": ", ".join(map(_public_name, [data] if isinstance(data, str) else data)) or None,
+        "trigger words": trigger_of(training),
+        "optimizer": _listed(run["optim"]) if run else None,
+        "precision": run.get("engine", {}).get("precision"),
+        "kit version": config["kit_version"],
+    }
 
 
 # How the model was trained: in the title, in words, and as a tag.
