@@ -175,7 +175,8 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
         model.codec.to(dtype)
     inner = folder / EXPORTED
     save_pretrained(model, inner, tuning="codec", sampling=model.sampling, training=facts)
-    return [*parts, Part("TensorAR" if model.codec else "settings", EXPORTED + "/", _size(inner))]
+    name = "settings" if model.codec is None else "TensorAR"
+    return [*parts, Part(name, f"{EXPORTED}/", _size(inner))]
 
 
 def _backbone_folder(model: TensorAR, files: BackboneSource, weights: Path, folder: Path) -> dict:
@@ -258,12 +259,12 @@ def model_card(
     """
     source, training = config["backbone"], config["training"]
     family, draws_classes = find_family(source["family"]), cond_kind == "class"
-    how, about, tag = _AS_USUAL if config["method"]["k"] == 1 else _WITH_TENSORAR
+    control = config["method"]["k"] == 1
     base = source["weights"]
     if {*Path(base).parts} == {_ABOVE}:  # an export, which does not record its original base
         base = source.get("shipped_base") or "an export of this kit"
     pipeline = "unconditional-image-generation" if draws_classes else "text-to-image"
-    head = [f"pipeline_tag: {pipeline}", f"tags: [{tag}autoregressive]"]
+    head = [f"pipeline_tag: {pipeline}", f"tags: [{'' if control else 'tensorar, '}autoregressive]"]
     if family.library is not None:
         head.append(f"library_name: {family.library}")
     if _public_name(base) == base and base.count("/") == 1:
@@ -271,7 +272,9 @@ def model_card(
     call = f"[{asked or 0}]"  # class 0 always exists
     if not draws_classes:
         call = f"[{json.dumps(asked or with_trigger(training, _PROMPT), ensure_ascii=False)}]"
-    lines = ["---", *head, "---", "", f"# {source['family']}{how}", "", about, ""]
+    how = ", fine-tuned as usual" if control else " with TensorAR"
+    lines = ["---", *head, "---", "", f"# {source['family']}{how}", ""]
+    lines += [_ABOUT_CONTROL if control else _ABOUT, ""]
     lines += [f"![Samples]({grid})", ""] if grid else []
     lines += ["## Recipe", "", "| | |", "|---|---|"]
     recipe = {"base": _public_name(base), **_recipe(config)}
@@ -306,20 +309,13 @@ def _recipe(config: dict) -> dict[str, object]:
     }
 
 
-# How the model was trained: in the title, in words, and as a tag.
-_WITH_TENSORAR = (
-    " with TensorAR",
+_ABOUT = (
     "An autoregressive image generator that predicts a window of overlapping codes per step and so "
     "refines what it draws (TensorAR, [arXiv 2505.16324](https://arxiv.org/abs/2505.16324)). The "
     f"folder itself is the fine-tuned base model; `{EXPORTED}/` holds TensorAR's input encoder and "
-    "output decoder.",
-    "tensorar, ",
+    "output decoder."
 )
-_AS_USUAL = (
-    ", fine-tuned as usual",
-    "An autoregressive image generator, fine-tuned without TensorAR (the control).",
-    "",
-)
+_ABOUT_CONTROL = "An autoregressive image generator, fine-tuned without TensorAR (the control)."
 _PROMPT = "a photo of a red circle"
 
 
