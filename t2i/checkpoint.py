@@ -185,14 +185,17 @@ def from_pretrained(
     if model.codec is not None:
         load_strict(model.codec, read_state_dict(folder / CODEC), folder / CODEC)
     model.sampling = stored_part(config, "sampling", SamplingConfig, folder)
-    model.trained = trained_parts(config["tuning"], config.get("image_layers", False))
+    model.trained = trained_parts(
+        config["tuning"], config.get("image_layers", False), model.config.k
+    )
     return model.eval()
 
 
-def trained_parts(tuning: Tuning, image_layers: bool) -> str:
-    """The parts that a run trains, in words."""
-    own = {"full": ["backbone"], "lora": ["LoRA"], "codec": []}[tuning]
-    return " + ".join([*own, *(["image layers"] if image_layers else []), "codec"])
+def trained_parts(tuning: Tuning, image_layers: bool, k: int) -> str:
+    """The parts that a run trains, in words; with k = 1 there is no codec."""
+    own = {"full": ["backbone"], "lora": ["LoRA adapters"], "codec": []}[tuning]
+    own += [*["image layers"] * image_layers, *["codec"] * (k > 1)]
+    return " + ".join(own) or "nothing"
 
 
 def stored_source(config: dict, folder: Path) -> BackboneSource:

@@ -254,9 +254,8 @@ def _log_plainly() -> None:
     logging.basicConfig(level=level, format="%(message)s")
     for noisy in ("httpx", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("datasets").setLevel(
-        logging.CRITICAL
-    )  # it also raises the errors that it logs
+    # It also raises the errors that it logs.
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
     # Pillow's warning about large images: the kit counts and reports these itself.
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit of")
 

@@ -1,7 +1,8 @@
 """Exceptions that tell a user's mistake from a bug in the kit, and helpers for error messages."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -20,6 +21,15 @@ class NotFiniteError(UserError, FloatingPointError):
 
 class Stopped(KeyboardInterrupt):
     """A training run was stopped on request, after saving a checkpoint."""
+
+
+@contextmanager
+def naming(place: str | Path) -> Iterator[None]:
+    """Put a file's path, or another place, in front of a UserError's message."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
 
 
 def choose_one(name: object, names: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from t2i.checkpoint import from_pretrained, save_pretrained
+from t2i.checkpoint import from_pretrained, save_pretrained, trained_parts
 from t2i.checkpoint_folders import EXPORTED, choose_checkpoint, find_checkpoint, read_config
 from t2i.errors import UserError
 from t2i.evaluation.draw import draw_prompts
@@ -112,8 +112,8 @@ def is_exported(checkpoint: Path, out: Path) -> bool:
     if not out.exists():
         return False
     if (out / EXPORTED / MANIFEST).is_file():
-        facts = read_config(out / EXPORTED).get("training")
-        if isinstance(facts, dict) and facts.get("exported_from") == _fingerprint(checkpoint):
+        facts = read_config(out / EXPORTED)["training"]
+        if facts.get("exported_from") == _fingerprint(checkpoint):
             return True
     raise UserError(f"{out} exists; export to a new folder (it is not an export of {checkpoint})")
 
@@ -175,7 +175,8 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
         model.codec.to(dtype)
     inner = folder / EXPORTED
     save_pretrained(model, inner, tuning="codec", sampling=model.sampling, training=facts)
-    return [*parts, Part("TensorAR", EXPORTED + "/", _size(inner))]
+    name = "settings" if model.codec is None else "TensorAR"
+    return [*parts, Part(name, f"{EXPORTED}/", _size(inner))]
 
 
 def _backbone_folder(model: TensorAR, files: BackboneSource, weights: Path, folder: Path) -> dict:
@@ -258,36 +259,25 @@ def model_card(
     """
     source, training = config["backbone"], config["training"]
     family, draws_classes = find_family(source["family"]), cond_kind == "class"
-    run = training.get("config", {})
+    control = config["method"]["k"] == 1
     base = source["weights"]
     if {*Path(base).parts} == {_ABOVE}:  # an export, which does not record its original base
         base = source.get("shipped_base") or "an export of this kit"
     pipeline = "unconditional-image-generation" if draws_classes else "text-to-image"
-    head = [f"pipeline_tag: {pipeline}", "tags: [tensorar, autoregressive]"]
+    head = [f"pipeline_tag: {pipeline}", f"tags: [{'' if control else 'tensorar, '}autoregressive]"]
     if family.library is not None:
         head.append(f"library_name: {family.library}")
     if _public_name(base) == base and base.count("/") == 1:
         head.append(f"base_model: {base.partition(':')[0]}")
-    data = run.get("data", {}).get("source") or []
-    recipe = {
-        "base": _public_name(base),
-        "what was trained": _trained(config),
-        "TensorAR": _listed(config["method"]),
-        "optimizer steps": training.get("step"),
-        "samples per step": run.get("batch_size"),
-        "data": ", ".join(map(_public_name, [data] if isinstance(data, str) else data)) or None,
-        "trigger words": trigger_of(training),
-        "optimizer": _listed(run["optim"]) if run else None,
-        "precision": run.get("engine", {}).get("precision"),
-        "kit version": config["kit_version"],
-    }
     call = f"[{asked or 0}]"  # class 0 always exists
     if not draws_classes:
         call = f"[{json.dumps(asked or with_trigger(training, _PROMPT), ensure_ascii=False)}]"
-    lines = ["---", *head, "---", "", f"# {source['family']} with TensorAR", ""]
-    lines += [_ABOUT, ""]
+    how = ", fine-tuned as usual" if control else " with TensorAR"
+    lines = ["---", *head, "---", "", f"# {source['family']}{how}", ""]
+    lines += [_ABOUT_CONTROL if control else _ABOUT, ""]
     lines += [f"![Samples]({grid})", ""] if grid else []
     lines += ["## Recipe", "", "| | |", "|---|---|"]
+    recipe = {"base": _public_name(base), **_recipe(config)}
     lines += [f"| {name} | {value} |" for name, value in recipe.items() if value is not None]
     lines += ["", "## Scores", ""]
     lines += (
@@ -301,12 +291,31 @@ def model_card(
     return "\n".join(lines)
 
 
+def _recipe(config: dict) -> dict[str, object]:
+    """How a checkpoint was trained, from its config.json; None for what is not known."""
+    training, k = config["training"], config["method"]["k"]
+    run = training.get("config", {})
+    data = run.get("data", {}).get("source") or []
+    return {
+        "what was trained": trained_parts(config["tuning"], config.get("image_layers", False), k),
+        "TensorAR": _listed(config["method"]) if k > 1 else None,
+        "optimizer steps": training.get("step"),
+        "samples per step": run.get("batch_size"),
+        "data": ", ".join(map(_public_name, [data] if isinstance(data, str) else data)) or None,
+        "trigger words": trigger_of(training),
+        "optimizer": _listed(run["optim"]) if run else None,
+        "precision": run.get("engine", {}).get("precision"),
+        "kit version": config["kit_version"],
+    }
+
+
 _ABOUT = (
     "An autoregressive image generator that predicts a window of overlapping codes per step and so "
     "refines what it draws (TensorAR, [arXiv 2505.16324](https://arxiv.org/abs/2505.16324)). The "
     f"folder itself is the fine-tuned base model; `{EXPORTED}/` holds TensorAR's input encoder and "
     "output decoder."
 )
+_ABOUT_CONTROL = "An autoregressive image generator, fine-tuned without TensorAR (the control)."
 _PROMPT = "a photo of a red circle"
 
 
@@ -318,14 +327,6 @@ def _public_name(source: str) -> str:
     """A name that may be published: for a local path, only its last part."""
     local = source.startswith(("/", ".", "~", "\\")) or source.count("/") > 1 or ":\\" in source
     return absolute(source).name if local or Path(source).exists() else source
-
-
-def _trained(config: dict) -> str:
-    own = {"full": "the backbone", "lora": "LoRA adapters (merged here)", "codec": ""}[
-        config["tuning"]
-    ]
-    layers = "the image layers" if config.get("image_layers") else ""
-    return ", ".join(part for part in (own, layers, "TensorAR's codec") if part)
 
 
 def _usage(family: Family, asked: str) -> list[str]:

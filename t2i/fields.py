@@ -24,7 +24,7 @@ from typing import (
 import tyro
 
 from t2i import __version__
-from t2i.errors import UserError
+from t2i.errors import UserError, naming
 from t2i.files import read_json
 
 if TYPE_CHECKING:
@@ -65,10 +65,8 @@ def from_json(cls: type[S], values: object, where: str, *, defaults: S | None = 
         raise UserError(f"{where} lacks {', '.join(missing)}; copy it again")
     hints = get_type_hints(cls)
     given = {k: _converted(v, hints[k], f"{where}: {k}") for k, v in values.items()}
-    try:
+    with naming(where):
         return cls(**given) if defaults is None else replace(defaults, **given)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 def check_types(settings: "DataclassInstance") -> None:

@@ -1,5 +1,5 @@
-"""Files and folders, for every part of the kit: atomic writes, checks before the work begins,
-locks on folders, waiting for other processes.
+"""Files and folders, for every part of the kit: atomic writes, checks before the work begins, and
+locks on folders.
 
 Nothing here depends on what a file contains.
 """
@@ -14,9 +14,8 @@ import re
 import shutil
 import socket
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ _LOCK, _OWNER = ".lock", ".owner.json"
 PARTIAL, REPLACED = ".t2i-partial", ".t2i-old"
 """Name endings of temporary folders. Folders named so get deleted: users must not use them."""
 _OF_FILES = (".png", ".jpg", ".npy", ".npz", ".html", ".json", ".pt", ".safetensors", ".zip")
-_POLL_SECONDS = 0.2
 
 
 # -- writing, whole or not at all ------------------------------------------------------------------
@@ -308,7 +306,7 @@ def writable_file(path: str | Path) -> Path:
     return path
 
 
-# -- other processes -------------------------------------------------------------------------------
+# -- locks -----------------------------------------------------------------------------------------
 @contextmanager
 def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
     """Hold a folder, or a file in it, for one program at a time.
@@ -355,43 +353,3 @@ def _owner(path: Path) -> str:
         return f"process {owner['process']} on {owner['host']}"
     except (OSError, ValueError, KeyError, TypeError):  # not written yet, or just removed
         return "another process"
-
-
-def wait_for(paths: Sequence[Path], patience: float) -> None:
-    """Wait until all of these files, which other processes write, exist.
-
-    Raises:
-        TimeoutError: no further file appeared for `patience` seconds.
-    """
-    waiting = list(paths)
-
-    def missing() -> Sequence[Path]:
-        waiting[:] = [path for path in waiting if not path.exists()]
-        return waiting
-
-    wait_until_none(missing, patience)
-
-
-def wait_until_none(missing: Callable[[], Sequence[Path]], patience: float, what: str = "") -> None:
-    """Wait until other processes have produced everything that is missing.
-
-    Args:
-        missing: returns what is still missing; called repeatedly.
-        what: prefix of a path in the error message, such as "the hash of ".
-
-    Raises:
-        TimeoutError: there was no progress for `patience` seconds.
-    """
-    still = missing()
-    deadline = time.monotonic() + patience
-    while still:
-        fewest = len(still)
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"waited {patience:g} s for {what}{still[0]} without progress ({fewest} missing): "
-                "another process has stopped. Start again to resume"
-            )
-        time.sleep(_POLL_SECONDS)
-        still = missing()
-        if len(still) < fewest:
-            deadline = time.monotonic() + patience

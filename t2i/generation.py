@@ -279,15 +279,10 @@ def to_images(
     return [Image.fromarray(array) for array in pixels]
 
 
-def stage_codes(geometry: Windows, windows: Tensor) -> Tensor:
-    """Windows [B, N, k, S] -> the codes at every refinement stage, [B, stages, T, S]."""
-    return torch.stack([geometry.stage_codes(windows, r + 1) for r in range(geometry.stages)], 1)
-
-
 def _staged(
     model: TensorAR, geometry: Windows, windows: Tensor, size: tuple[int, int] | None
 ) -> list[tuple[tuple[Image.Image, ...], Tensor]]:
     """For each image: its pictures at every refinement stage, and their codes [stages, T, S]."""
-    codes = stage_codes(geometry, windows)
-    pictures = [to_images(model, stage, size) for stage in codes.unbind(1)]
-    return list(zip(zip(*pictures, strict=True), codes.cpu(), strict=True))
+    stages = [geometry.stage_codes(windows, r + 1) for r in range(geometry.stages)]
+    pictures = [to_images(model, codes, size) for codes in stages]
+    return list(zip(zip(*pictures, strict=True), torch.stack(stages, 1).cpu(), strict=True))

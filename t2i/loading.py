@@ -149,15 +149,10 @@ def load_source(
         )
     family, files = find_family(source.family), expand_folder(source)
     encoder_class = family.text_encoder_class if files.text_encoder is not None else None
-    config: Any = None
-    if files.config is not None:
-        shape = f"the {source.family} shape of {files.weights}"
-        config = from_json(family.backbone_class.config_type, files.config, shape)
-        _check_shape(config, shape)
     backbone, on_meta = None, torch.device(device).type == "meta"
-    if source.grid is not None and min(source.grid) < 1:
-        raise UserError(f"grid={source.grid} must be at least 1 code high and wide")
-    options = LoadOptions(config, source.grid, dtype, source.generation_only, shapes_only=on_meta)
+    options = LoadOptions(
+        _shape(files), source.grid, dtype, source.generation_only, shapes_only=on_meta
+    )
     if on_meta and not Path(files.weights).exists():
         backbone = family.backbone_class.outline(files.weights, options)
     if backbone is not None:
@@ -202,6 +197,20 @@ def _load_text_encoder(
             f"{files.weights} needs {backbone.caption_width}: they do not belong together"
         )
     return encoder
+
+
+def _shape(files: BackboneSource) -> Any | None:
+    """The family's config dataclass from an expanded source's config, if it has one; checked, as
+    is the grid.
+    """
+    if files.grid is not None and min(files.grid) < 1:
+        raise UserError(f"grid={files.grid} must be at least 1 code high and wide")
+    if files.config is None:
+        return None
+    where = f"the {files.family} shape of {files.weights}"
+    config = from_json(find_family(files.family).backbone_class.config_type, files.config, where)
+    _check_shape(config, where)
+    return config
 
 
 def _check_shape(config: Any, where: str) -> None:

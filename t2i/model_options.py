@@ -13,7 +13,7 @@ from t2i import __version__
 from t2i.errors import UserError, nearest_path, no_folder
 from t2i.fields import given_options
 from t2i.files import namesake
-from t2i.models.families import FamilyName
+from t2i.models.families import FamilyName, find_family
 from t2i.sampling import DrawOptions, SamplingOverrides, Speculate, Speed, check_counts
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class ModelOptions:
         """
         from t2i.checkpoint_folders import find_checkpoint, is_checkpoint, read_config
         from t2i.loading import pick_device
-        from t2i.sources import check_named, family_of, resolve, shipped_bases
+        from t2i.sources import check_named, family_of, shipped_bases
         from t2i.tensorar.speed import check_speed
 
         if self.source is None:
@@ -126,12 +126,10 @@ class ModelOptions:
                 f"{self.ckpt} is not a checkpoint, so it has no other base: leave out "
                 "--base.weights"
             )
+        if self.base.tokenizer is not None:
+            check_named(self.base.tokenizer)
         if self.base.text_encoder is not None:
             check_named(self.base.text_encoder, folder=True)
-        for given in filter(None, (self.source, self.base.tokenizer)):
-            on_hub = given.partition(":")[0].count("/") == 1
-            if not (on_hub or Path(given).exists() or given in shipped_bases()):
-                resolve(given)  # raises an error that lists what it could have been
         if self.checkpoint is not None:
             self.base.check_beside(self.checkpoint)
         elif self.source in shipped_bases():
@@ -141,11 +139,13 @@ class ModelOptions:
             read_config(find_checkpoint(folder))
         elif self.base.family is None:
             family_of(self.source)
+        else:
+            check_named(self.source, folder=find_family(self.base.family).published_as_folder)
         return where
 
     def load(self, device: "torch.device | str", dtype: "torch.dtype | str") -> "TensorAR":
         """Load the model in eval mode, without parts that drawing images does not need."""
-        from t2i.checkpoint import load_base, load_model
+        from t2i.checkpoint import from_pretrained, load_base
         from t2i.sources import base_files, family_of
 
         base = self.base
@@ -155,11 +155,12 @@ class ModelOptions:
             given = asdict(base) | {"family": family, "weights": self.source}
             model = load_base(base_files(**given, generation_only=True), device, dtype)
         else:
-            model = load_model(
+            model = from_pretrained(
                 self.checkpoint,
                 base=base.weights,
                 tokenizer=base.tokenizer,
                 text_encoder=base.text_encoder,
+                generation_only=True,
                 device=device,
                 dtype=dtype,
             )

@@ -1,7 +1,8 @@
 """This process and the others that a launcher (torchrun, deepspeed, srun, mpirun) started."""
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from t2i import launcher
 from t2i.errors import UserError
 
 _CPU = torch.device("cpu")
+_POLL_SECONDS = 0.2
 
 T = TypeVar("T")
 
@@ -79,6 +81,44 @@ class Processes:
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+    def wait_for(self, paths: Sequence[Path]) -> None:
+        """Wait until all of these files, which other processes write, exist.
+
+        Raises:
+            TimeoutError: no further file appeared for `patience` seconds.
+        """
+        waiting = list(paths)
+
+        def missing() -> Sequence[Path]:
+            waiting[:] = [path for path in waiting if not path.exists()]
+            return waiting
+
+        self.wait_until_none(missing)
+
+    def wait_until_none(self, missing: Callable[[], Sequence[Path]], what: str = "") -> None:
+        """Wait until other processes have produced everything that is missing.
+
+        Args:
+            missing: returns what is still missing; called repeatedly.
+            what: prefix of a path in the error message, such as "the hash of ".
+
+        Raises:
+            TimeoutError: there was no progress for `patience` seconds.
+        """
+        still = missing()
+        deadline = time.monotonic() + self.patience
+        while still:
+            fewest = len(still)
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"waited {self.patience:g} s for {what}{still[0]} without progress ({fewest} "
+                    "missing): another process has stopped. Start again to resume"
+                )
+            time.sleep(_POLL_SECONDS)
+            still = missing()
+            if len(still) < fewest:
+                deadline = time.monotonic() + self.patience
 
 
 ALONE = Processes()

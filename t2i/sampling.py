@@ -22,8 +22,20 @@ _MOST_ROWS = 65_536
 """Largest batch size for drawing: batches are padded to their full size."""
 _MOST_COUNT = 1_000_000_000
 """Largest number of anything else: more steps, samples or pixels than anyone can use."""
-_MOST_GUIDANCE = 1000
-"""Far more than any useful guidance, and far less than where numbers overflow into noise."""
+_LIMITS: dict[str, tuple[float, float, str]] = {
+    # Far more than any useful guidance, and far less than where numbers overflow into noise.
+    "cfg_scale": (1, 1000, "at least 1 (no guidance) and at most 1000"),
+    "cfg_interval": (-1, math.inf, "at least -1 (guide all)"),
+    "cfg_power": (0, math.inf, "at least 0 (constant guidance)"),
+    "temperature": (0, math.inf, "at least 0 (greedy)"),
+    "top_k": (0, math.inf, "at least 0 (keep all)"),
+    "top_p": (math.ulp(0), 1, "above 0 and at most 1 (keep all)"),
+    "window": (0, math.inf, "at least 0 (all slots)"),
+    "stride": (1, math.inf, "at least 1"),
+    "draft_temperature": (0, math.inf, "at least 0 (greedy)"),
+    "renoise": (0, 1, "from 0 to 1"),
+}
+"""Smallest and largest value of each setting of `SamplingConfig`, and both in words."""
 
 
 @dataclass(frozen=True)
@@ -56,32 +68,10 @@ class SamplingConfig:
     def __post_init__(self):
         for own in fields(self):
             object.__setattr__(self, own.name, _plain(own.name, getattr(self, own.name)))
-        scales = _numbers(self.cfg_scale)
-        if min(scales) < 1 or max(scales) > _MOST_GUIDANCE:
-            raise UserError(
-                f"cfg_scale={self.cfg_scale} must be at least 1 (no guidance) and at most "
-                f"{_MOST_GUIDANCE}"
-            )
-        if self.cfg_interval < -1:
-            raise UserError(f"cfg_interval={self.cfg_interval} must be at least -1 (guide all)")
-        if self.cfg_power < 0:
-            raise UserError(
-                f"cfg_power={self.cfg_power} must not be negative (0 is constant guidance)"
-            )
-        if min(_numbers(self.temperature)) < 0:
-            raise UserError(f"temperature={self.temperature} must not be negative (0 is greedy)")
-        top_p = _numbers(self.top_p)
-        if min(_numbers(self.top_k)) < 0 or not 0 < min(top_p) <= max(top_p) <= 1:
-            raise UserError(f"top_k={self.top_k} must be >= 0 and top_p={self.top_p} in (0, 1]")
-        if self.window < 0 or self.draft_temperature < 0:
-            raise UserError(
-                f"window={self.window} and draft_temperature={self.draft_temperature} must not be "
-                "negative"
-            )
-        if self.stride < 1:
-            raise UserError(f"stride={self.stride} must be at least 1")
-        if not 0 <= self.renoise <= 1:
-            raise UserError(f"renoise={self.renoise} must be from 0 to 1")
+        for name, (least, most, words) in _LIMITS.items():
+            value = getattr(self, name)
+            if not least <= min(_numbers(value)) <= max(_numbers(value)) <= most:
+                raise UserError(f"{name}={value} must be {words}")
 
     def of_base(self) -> "SamplingConfig":
         """The settings for drawing with the base alone: those about windows become defaults."""

@@ -162,15 +162,18 @@ def shipped_bases() -> list[str]:
 def family_of(source: str | Path) -> str:
     """The family that the config.json of a shipped base, backbone or published folder names."""
     path = _folder(source) / "config.json"
-    stored = read_object(path) if path.is_file() else {}
-    if isinstance(stored.get("family"), str):
-        return stored["family"]
-    for name in FAMILIES:
-        if stored.get("model_type") in find_family(name).model_types:
-            return name
+    if path.is_file() and (named := _named_family(read_object(path))):
+        return named
     if not Path(source).exists() and str(source).count("/") != 1:
         resolve(source)  # raises an error that lists what it could have been
     raise UserError(f"{source} does not name its family: give one of {', '.join(FAMILIES)}")
+
+
+def _named_family(stored: dict) -> str | None:
+    """The family that the content of a config.json names, itself or by its published model type."""
+    published = (n for n in FAMILIES if stored.get("model_type") in find_family(n).model_types)
+    named = stored.get("family", next(published, None))
+    return named if isinstance(named, str) else None
 
 
 def _folder(source: str | Path) -> Path:
@@ -210,10 +213,8 @@ def _read_backbone_folder(path: Path, family: Family) -> dict:
     stored = read_object(path / "config.json")
     if "family" not in stored and family.published_as_folder:
         return {}
-    published = (n for n in FAMILIES if stored.get("model_type") in find_family(n).model_types)
-    found = stored.get("family", next(published, family.name))
-    if isinstance(found, str) and found != family.name:
-        raise UserError(f"{path} holds a {found} backbone, not {family.name}")
+    if (named := _named_family(stored) or family.name) != family.name:
+        raise UserError(f"{path} holds a {named} backbone, not {family.name}")
     kinds: dict[str, type] = dict.fromkeys(("family", *_FILES), str)
     kinds |= dict.fromkeys(("config", "sampling"), dict)
     for name in ("family", "weights", *(() if family.published_as_folder else ("config",))):

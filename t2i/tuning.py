@@ -23,10 +23,9 @@ class LoRAConfig:
     """Dropout on the adapters' input."""
 
     def __post_init__(self):
-        if not 1 <= self.rank <= _MOST_RANK or not 0 <= self.dropout < 1:
-            raise UserError(
-                f"lora.rank={self.rank} must be at least 1 and at most {_MOST_RANK}, and "
-                f"lora.dropout={self.dropout} in [0, 1)"
-            )
+        if not 1 <= self.rank <= _MOST_RANK:
+            raise UserError(f"lora.rank={self.rank} must be at least 1 and at most {_MOST_RANK}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout={self.dropout} must be at least 0 and below 1")
         if not 1e-6 <= self.alpha <= 1e6:  # with 0 the adapters would do nothing
             raise UserError(f"lora.alpha={self.alpha} must be a number above 0 (from 1e-6 to 1e6)")

@@ -235,15 +235,6 @@ def reading_shape(what: str) -> Iterator[None]:
         raise UserError(f"not {what}: key {error} is missing") from error
 
 
-@contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Put the file's path in front of a UserError's message."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
 def build_empty(
     build: Callable[[], M],
     dtype: torch.dtype = torch.float32,

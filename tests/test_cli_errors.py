@@ -399,6 +399,8 @@ def test_a_checkpoint_given_as_base_is_refused(fails, plain):
     assert f"{plain} is a checkpoint, not a base: give it as --ckpt" in message
     encoder = ("--ckpt", plain, "--base.text-encoder", "a/b/c")
     assert "a hub folder written owner/repo" in fails(generate, "--prompt", "a circle", *encoder)
+    janus = ("--base.family", "janus", "--base.weights", "nowhere")  # used to ask for a file
+    assert "a hub folder written owner/repo" in fails(generate, "--prompt", "a circle", *janus)
 
 
 # -- in new processes ------------------------------------------------------------------------------

@@ -118,10 +118,9 @@ def test_every_caption_ends_with_the_end_token(encoder):
     assert encoder.encode([]) == []
 
 
-def test_cleaning_is_optional(encoder):
+def test_captions_are_cleaned(encoder):
     dirty, plain = encoder.encode(["<b>RED</b> star #12", "red star"])
     assert torch.equal(dirty, plain)
-    assert len(encoder.encode(["RED star"], clean=False)[0]) == 3
 
 
 def test_notes_say_what_a_caption_loses(encoder):

@@ -178,6 +178,18 @@ def test_the_model_card_contains_no_paths():
     assert "base_model: owner/repo" in model_card(config | {"training": {}}, "class")
 
 
+def test_the_card_of_a_control_does_not_speak_of_tensorar(tmp_path):
+    """It used to say that the model has TensorAR's codec and refines what it draws."""
+    model = t2i.attach(t2i.load_backbone("llamagen", "shapes"), t2i.presets.base())
+    control = t2i.save_pretrained(model, tmp_path / "control", tuning="full")
+    assert "trained: backbone, " in repr(t2i.from_pretrained(control))
+    card = (export(ExportOptions(control, tmp_path / "out")) / "README.md").read_text()
+    assert "# llamagen, fine-tuned as usual\n" in card
+    assert "| what was trained | backbone |" in card and "refines" not in card
+    assert card.count("TensorAR") == 1 and "without TensorAR" in card
+    assert "tags: [autoregressive]" in card and "- settings: tensorar/" in card
+
+
 @pytest.mark.parametrize(
     ("kind", "asked", "call"),
     [

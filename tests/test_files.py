@@ -19,9 +19,8 @@ from t2i.files import (
     replacing,
     replacing_folder,
     saving,
-    wait_for,
-    wait_until_none,
 )
+from t2i.processes import Processes
 from t2i.sampling import SamplingConfig, SamplingOverrides
 
 
@@ -103,10 +102,10 @@ def test_waiting_continues_while_files_appear(tmp_path, monkeypatch):
 
     monkeypatch.setattr("time.monotonic", lambda: now)
     monkeypatch.setattr("time.sleep", sleep)
-    wait_for(paths, patience=10)
+    Processes(patience=10).wait_for(paths)
     assert now == 24, "longer than the patience, which restarts with every file"
     with pytest.raises(TimeoutError, match=r"waited -1 s for the hash of a .*\(2 missing\)"):
-        wait_until_none(lambda: ["a", "b"], -1, "the hash of ")
+        Processes(patience=-1).wait_until_none(lambda: ["a", "b"], "the hash of ")
 
 
 def test_overrides_have_the_fields_of_the_settings(monkeypatch):

@@ -271,7 +271,7 @@ def test_model_card(exported, tiny_world):
     )
     assert "| geneval | overall | 0.500 ± 0.010 | PARTIAL |" in card
     assert "| geneval | counting | 0.250 | PARTIAL |" in card
-    assert "LoRA adapters (merged here), the image layers, TensorAR's codec" in card
+    assert "| what was trained | LoRA adapters + image layers + codec |" in card
     assert "![Samples](samples/grid.png)" in card and (exported / "samples" / "grid.png").is_file()
     for file in exported.rglob("*.*"):
         assert file.suffix in (".png", ".safetensors") or str(tiny_world) not in file.read_text()

@@ -32,7 +32,7 @@ def test_shapes_source_draws_the_fine_tuning_world():
     [
         (lambda: parse_shapes("shapes:none"), "shapes:N"),
         (lambda: parse_shapes("shapes:²"), "shapes:N"),
-        (lambda: presets.iclr2026(shedule="sine"), "did you mean schedule"),
+        (lambda: presets.iclr2026(shedule="sine"), "perhaps you meant schedule"),
         (lambda: presets.iclr2026(own_drafts=1.5), "own_drafts"),
         (lambda: presets.iclr2026(own_drafts=0.5, noise="gaussian"), "cannot be combined"),
         (lambda: OptimOptions(codec_lr=-1.0), "codec_lr"),

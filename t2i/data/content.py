@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from t2i.files import file_sha256, text_sha256, wait_until_none
+from t2i.files import file_sha256, text_sha256
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 from t2i.published import KnownHashes, file_status
@@ -41,7 +41,7 @@ def hash_files(
     statuses = _statuses(files)
     place = _index_path(files, cache_dir) if _bytes(statuses) >= _WORTH_AN_INDEX else None
     if place is not None and not processes.is_main:
-        hashes = _wait_for_index(place, statuses, processes.patience)
+        hashes = _wait_for_index(place, statuses, processes)
     else:
         hashes = _hash_new(place, statuses, quiet=not processes.is_main)
     return [(name, hashes.get(path, ABSENT)) for name, path in files]
@@ -166,7 +166,7 @@ def _hash(path: Path) -> str:
 
 
 def _wait_for_index(
-    place: Path, statuses: dict[Path, list[int]], patience: float
+    place: Path, statuses: dict[Path, list[int]], processes: Processes
 ) -> dict[Path, str]:
     """Wait until the main process has put the hash of every file into the index; return them."""
     found: dict[Path, str] = {}
@@ -178,5 +178,5 @@ def _wait_for_index(
                 found[path] = digest
         return [path for path in statuses if path not in found]
 
-    wait_until_none(missing, patience, f"the hashes in {place} of ")
+    processes.wait_until_none(missing, f"the hashes in {place} of ")
     return found

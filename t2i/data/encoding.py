@@ -57,7 +57,7 @@ from t2i.data.store import (
 )
 from t2i.errors import UserError
 from t2i.fields import leaves
-from t2i.files import read_json, remove_leftovers, wait_for, writable_folder, write_text
+from t2i.files import read_json, remove_leftovers, writable_folder, write_text
 from t2i.manifest import refuse_in_checkpoint
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
@@ -154,7 +154,7 @@ def build_store(
     }
     count = _encode_missing(source, folder, encoding, hashed, processes)
     paths = [shard_path(folder, shard) for shard in range(count)]
-    wait_for(paths, processes.patience)
+    processes.wait_for(paths)
     if processes.is_main and (changes := changes_since(files, contents, cache_dir)):
         # Otherwise they would be found under the name of what the data were. The manifest, which
         # another run may have written, must not outlive them.
@@ -167,7 +167,7 @@ def build_store(
     readers = list(map(ShardReader, paths))
     if processes.is_main or not any(reader.codes_shape[0] for reader in readers):
         _finish(folder, key, source, readers)  # without a usable sample, all raise
-    wait_for([folder / MANIFEST], processes.patience)
+    processes.wait_for([folder / MANIFEST])
     if processes.is_main:
         remove_leftovers(folder, before=started)  # newer ones may belong to another run
     return folder

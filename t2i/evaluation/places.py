@@ -40,8 +40,6 @@ from t2i.fields import leaves
 from t2i.files import (
     read_json,
     replacing,
-    wait_for,
-    wait_until_none,
     writable_file,
     writable_folder,
     write_json,
@@ -99,7 +97,7 @@ class Place(ABC):
             same = there and not _changes(self._recorded(), settings, compared)
             return [] if same or (there and self.is_occupied()) else [self.record]
 
-        wait_until_none(unsettled, self.processes.patience)
+        self.processes.wait_until_none(unsettled)
         recorded = self._recorded()
         self._refuse_others(recorded, settings, compared)
         return recorded
@@ -244,7 +242,7 @@ class NumberedImages(Place):
             save_png(drawn.image, self._file(drawn.prompt_index))
 
     def finish(self) -> None:
-        wait_for([self._file(i) for i in range(self.count)], self.processes.patience)
+        self.processes.wait_for([self._file(i) for i in range(self.count)])
 
 
 class ImageArray(Place):
@@ -294,14 +292,14 @@ class ImageArray(Place):
     def finish(self) -> None:
         parts = [self._part(first) for first in range(0, self.count, self._rows)]
         if self.processes.is_main and not self.out.exists():
-            wait_for(parts, self.processes.patience)
+            self.processes.wait_for(parts)
             _pack(parts, (self.count, *self._size, 3), self.out)
 
         def missing() -> list[Path]:
             there = self.out.exists()
             return [] if there else [self.out, *(part for part in parts if not part.exists())]
 
-        wait_until_none(missing, self.processes.patience)
+        self.processes.wait_until_none(missing)
         if self.processes.is_main:
             shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -107,17 +107,6 @@ class LoadOptions:
 AS_PUBLISHED = LoadOptions()
 
 
-def power_cosine(scale: float, power: float, step: int, steps: int) -> float:
-    """RAR's guidance scale (1d-tokenizer `modeling/rar.py`), in fp32 like the original:
-
-    1 + (scale - 1) (1 - cos(pi (step/steps)^power)) / 2
-    """
-    if power == 0:
-        return scale
-    done = torch.tensor(step / steps, dtype=torch.float32) ** power
-    return (1 + (scale - 1) * (1 - torch.cos(torch.pi * done)) / 2).item()
-
-
 def parameter_count(module: nn.Module) -> str:
     """A module's number of parameters, such as "111 M"."""
     count = sum(p.numel() for p in module.parameters())
@@ -313,9 +302,17 @@ class Backbone(nn.Module, ABC):
         """An empty cache for `length` inputs, with the parameters' dtype and device."""
 
     def guidance(self, config: SamplingConfig, step: int, steps: int) -> float:
-        """CFG scale at a step, given one sub-token's settings (`SamplingConfig.by_sub_token`)."""
-        assert not isinstance(config.cfg_scale, tuple), "settings of one sub-token"
-        return power_cosine(config.cfg_scale, config.cfg_power, step, steps)
+        """CFG scale at a step, given one sub-token's settings (`SamplingConfig.by_sub_token`).
+
+        With `cfg_power` it is RAR's (1d-tokenizer `modeling/rar.py`), in fp32 like the original:
+        1 + (scale - 1) (1 - cos(pi (step/steps)^power)) / 2
+        """
+        scale = config.cfg_scale
+        assert not isinstance(scale, tuple), "settings of one sub-token"
+        if config.cfg_power == 0:
+            return scale
+        done = torch.tensor(step / steps, dtype=torch.float32) ** config.cfg_power
+        return (1 + (scale - 1) * (1 - torch.cos(torch.pi * done)) / 2).item()
 
     # -- pixels ------------------------------------------------------------------------------------
     @property

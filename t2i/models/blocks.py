@@ -1,5 +1,5 @@
-"""Code shared by causal transformers (attention, its mask, running blocks) and by Llama-like ones
-(trunk, norm, rotation, and the block of LlamaGen and Open-MAGVIT2).
+"""Code shared by causal transformers (attention, its mask, the trunk) and by Llama-like ones (norm,
+rotation, and the block of LlamaGen and Open-MAGVIT2).
 
 That block (LlamaGen `autoregressive/models/gpt.py`) is a pre-norm Llama block with fused QKV and
 SwiGLU. Two differences from the usual Llama block (as in Janus-Pro, `janus_modules.py`) matter for
@@ -295,10 +295,49 @@ def normal_weights(module: nn.Module, generator: torch.Generator) -> None:
             nn.init.normal_(part.weight, std=0.02, generator=generator)
 
 
-class LlamaBackbone(Backbone):
-    """The trunk of a Llama-like family: dropout, blocks called with (x, rope, mask, cache), and
-    possibly a norm.
-    """
+class TransformerBackbone(Backbone):
+    """A backbone whose trunk is a stack of blocks, each called with (x, *shared, mask, cache)."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> nn.ModuleList:
+        """The trunk's blocks, in order."""
+
+    @abstractmethod
+    def enter(self, x_BLD: Tensor, positions_L: Tensor, condition: Condition) -> tuple[Tensor, ...]:
+        """The first block's input, then what all blocks share, such as rotary angles."""
+
+    def finish(self, x: Tensor, *shared: Tensor) -> Tensor:
+        """Applied between the last block and the head."""
+        return x
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values; those of queries may be more."""
+        return self.spec.num_heads
+
+    def trunk(
+        self, x_BLD: Tensor, positions_L: Tensor, condition: Condition, cache: KVCache | None = None
+    ) -> Tensor:
+        mask = causal_mask(x_BLD, condition.mask, cache)
+        x, *shared = self.enter(self.token_dropout(x_BLD), positions_L, condition)
+        x = run_blocks(
+            self.blocks,
+            x,
+            *(*shared, mask, cache),
+            recompute=self.gradient_checkpointing,
+            compiled=self.compile_blocks and cache is None,
+        )
+        return self.finish(x, *shared)
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        first, head_dim = next(self.parameters()), self.spec.dim // self.spec.num_heads
+        shape = (len(self.blocks), batch, self.kv_heads, length, head_dim)
+        return KVCache(*shape, dtype=first.dtype, device=first.device)
+
+
+class LlamaBackbone(TransformerBackbone):
+    """The trunk of a Llama-like family: its blocks share rotary angles."""
 
     def __init__(self, trunk: LlamaConfig):
         super().__init__()
@@ -308,13 +347,8 @@ class LlamaBackbone(Backbone):
         self._rope: Tensor | None = None
 
     @property
-    @abstractmethod
-    def blocks(self) -> Iterable[nn.Module]:
-        """The trunk's blocks, in order."""
-
-    def finish(self, x: Tensor) -> Tensor:
-        """Applied between the last block and the head."""
-        return x
+    def kv_heads(self) -> int:
+        return self.trunk_shape.kv_heads
 
     def rope_table(self) -> Tensor:
         """cos and sin for every position, [positions, K/2, 2] fp32."""
@@ -326,17 +360,5 @@ class LlamaBackbone(Backbone):
             self._rope = self.rope_table().to(device)
         return self._rope
 
-    def trunk(
-        self, x_BLD: Tensor, positions_L: Tensor, condition: Condition, cache: KVCache | None = None
-    ) -> Tensor:
-        rope = self.rope_on(x_BLD.device)[positions_L]
-        mask = causal_mask(x_BLD, condition.mask, cache)
-        x, recompute = self.token_dropout(x_BLD), self.gradient_checkpointing
-        compiled = self.compile_blocks and cache is None
-        x = run_blocks(self.blocks, x, rope, mask, cache, recompute=recompute, compiled=compiled)
-        return self.finish(x)
-
-    def new_cache(self, batch: int, length: int) -> KVCache:
-        c, first = self.trunk_shape, next(self.parameters())
-        shape = (c.n_layer, batch, c.kv_heads, length, c.head_dim)
-        return KVCache(*shape, dtype=first.dtype, device=first.device)
+    def enter(self, x_BLD: Tensor, positions_L: Tensor, condition: Condition) -> tuple[Tensor, ...]:
+        return x_BLD, self.rope_on(x_BLD.device)[positions_L]

@@ -63,7 +63,11 @@ class Family:
     def text_encoder_class(self) -> Any:
         """The class of its text encoder; UserError if it takes none."""
         if self.text_encoder is None:
-            why = "takes none" if self.prompt_file is None else "brings its own prompt tokenizer"
+            why = (
+                "takes no text encoder"
+                if self.prompt_file is None
+                else "brings its own prompt tokenizer"
+            )
             raise UserError(f"{self.name} {why}: leave out text_encoder")
         return _import_class(self.text_encoder)
 

@@ -8,8 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from t2i.errors import naming
 from t2i.models.base import AS_PUBLISHED, Backbone, LoadOptions
-from t2i.weights import build_empty, load_strict, naming, read_state_dict
+from t2i.weights import build_empty, load_strict, read_state_dict
 
 
 class WeightFileBackbone(Backbone):

@@ -199,5 +199,6 @@ def class_image(label: int, number: int, size: int, seed: int) -> Image.Image:
     """Image `number` of a class, `size` pixels wide: its shape at a random place and size."""
     dice = random.Random(f"class shapes {seed} {label} {number}")
     side = dice.randrange(24, 34, 2)
-    x, y = (dice.randint(side // 2 + 2, 62 - side // 2) for _ in range(2))
+    reach = MARGIN + side // 2
+    x, y = (dice.randint(reach, UNITS - reach) for _ in range(2))
     return render(Scene((SceneObject(*CLASSES[label], x, y, side),), "single", "", {}), size)

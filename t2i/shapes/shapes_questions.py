@@ -54,13 +54,13 @@ def shapes_questions() -> QuestionGraph:
     return read_questions(PATH)
 
 
-def shapes_prompts(seed: int = 0) -> dict[str, dict]:
+def shapes_prompts() -> dict[str, dict]:
     """Item id ("colors3", "dense0") -> the prompt's GenEval entry."""
     entries = {}
-    drawn = benchmark_prompts(seed, PER_TAG)
+    drawn = benchmark_prompts(0, PER_TAG)
     for index, entry in enumerate(drawn):
         entries[f"{TAGS[index // PER_TAG]}{index % PER_TAG}"] = entry
-    rng = random.Random(f"shapes dense {seed}")
+    rng = random.Random("shapes dense 0")
     kinds = (_related, _counted, _three)
     for index in range(len(kinds) * PER_DENSE_KIND):
         entries[f"dense{index}"] = kinds[index // PER_DENSE_KIND](rng)
@@ -142,11 +142,11 @@ def _propositions(entry: dict) -> Iterator[tuple[tuple[int, ...], str, str]]:
 
 
 def graph_csv() -> str:
-    """The graph of `shapes_prompts(0)` in DPG-Bench's CSV format."""
+    """The graph of `shapes_prompts` in DPG-Bench's CSV format."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    for name, entry in shapes_prompts(0).items():
+    for name, entry in shapes_prompts().items():
         for question in questions_of(name, entry):
             broad, _, detailed = question.category.partition("-")
             writer.writerow(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from t2i.errors import UserError
+from t2i.errors import UserError, choose_one
 from t2i.fields import check_types
 
 Residual = Literal["first", "all", "none"]
@@ -57,9 +57,7 @@ class TensorARConfig:
             ("residual", self.residual, Residual),
         ):
             if given not in get_args(kind):
-                raise UserError(
-                    f"unknown {name} {given!r}; choose one of {', '.join(get_args(kind))}"
-                )
+                raise UserError(f"unknown {name} {given!r}; {choose_one(given, get_args(kind))}")
         check_types(self)
         weights = self.slot_weights
         heaviest, lightest = _SLOT_WEIGHTS

@@ -1,9 +1,8 @@
 """Named settings of the method."""
 
 from dataclasses import fields, replace
-from difflib import get_close_matches
 
-from t2i.errors import UserError
+from t2i.errors import UserError, choose_one
 from t2i.tensorar.method import TensorARConfig
 
 
@@ -40,7 +39,7 @@ METHODS = {"iclr2026": iclr2026, "arxiv2505": arxiv2505, "tuned": tuned, "base":
 def method(name: str, **overrides) -> TensorARConfig:
     """A preset by name; UserError for an unknown name."""
     if name not in METHODS:
-        raise UserError(f"unknown preset {name!r}; choose one of {', '.join(METHODS)}")
+        raise UserError(f"unknown preset {name!r}; {choose_one(name, METHODS)}")
     return METHODS[name](**overrides)
 
 
@@ -48,6 +47,5 @@ def _changed(config: TensorARConfig, overrides: dict) -> TensorARConfig:
     names = [f.name for f in fields(config)]
     for name in overrides:
         if name not in names:
-            hint = "".join(f"; did you mean {m}?" for m in get_close_matches(name, names, 1))
-            raise UserError(f"the method has no setting {name!r} (it has {', '.join(names)}){hint}")
+            raise UserError(f"the method has no setting {name!r}; {choose_one(name, names)}")
     return replace(config, **overrides)

@@ -76,7 +76,7 @@ def build_model(
     model.recompute_codec = config.engine.codec_checkpointing
     model.sampling = config.drawn_with(model.sampling)
     check_sampling(model, model.sampling)  # now, since the first sheet may come hours later
-    model.trained = trained_parts(config.tuning, config.train_image_layers)
+    model.trained = trained_parts(config.tuning, config.train_image_layers, config.method.k)
     return model
 
 

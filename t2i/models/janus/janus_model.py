@@ -22,7 +22,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from t2i.errors import UserError
+from t2i.errors import UserError, naming
 from t2i.models.base import AS_PUBLISHED, BackboneSpec, LoadOptions
 from t2i.models.blocks import LlamaBackbone
 from t2i.models.conditions import Condition
@@ -30,10 +30,10 @@ from t2i.models.janus import janus_config
 from t2i.models.janus import janus_weights as names
 from t2i.models.janus.janus_config import JanusShape
 from t2i.models.janus.janus_modules import JanusModel, LanguageModel, rope_table
-from t2i.models.janus.janus_prompts import IMAGE, JanusPrompts
+from t2i.models.janus.janus_prompts import IMAGE, MAX_TOKENS, JanusPrompts
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.sampling import SamplingConfig
-from t2i.weights import load_strict, naming, read_folder, reading_shape
+from t2i.weights import load_strict, read_folder, reading_shape
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ _FIXED_TEXTS = (
     "What is three times four, and how do you know?",
 )
 """Training on images should not change how the model continues these."""
-_MAX_PROMPT = 512
 _UNDERSTANDING = ("model.vision_model.", "model.aligner.", "lm_head.")
 
 
@@ -72,7 +71,7 @@ class Janus(LlamaBackbone):
             grid=config.grid,
             subvocabs=(config.codes["num_embeddings"],),
             cond_kind="text",
-            prefix_tokens=min(_MAX_PROMPT, self._positions - config.grid[0] * config.grid[1]),
+            prefix_tokens=min(MAX_TOKENS, self._positions - config.grid[0] * config.grid[1]),
             sampling=SamplingConfig(cfg_scale=5.0),
         )
 
@@ -144,7 +143,7 @@ class Janus(LlamaBackbone):
         own = names.vq_weights(weights)
         tokenizer = VQTokenizer.empty(own, folder)
         load_strict(tokenizer, own, folder)
-        prompts = JanusPrompts.load(folder, _MAX_PROMPT)
+        prompts = JanusPrompts.load(folder)
         known: dict = {"tie_word_embeddings": tied}
         if (image := prompts.tokenizer.token_to_id(IMAGE)) is not None:
             known["image_token_id"] = image
@@ -236,7 +235,7 @@ class Janus(LlamaBackbone):
         model = self.janus.model
         return model.generation_aligner(model.generation_embeddings(codes[..., 0]))
 
-    def finish(self, x: Tensor) -> Tensor:
+    def finish(self, x: Tensor, *shared: Tensor) -> Tensor:
         return self.language_model.norm(x)
 
     def rope_table(self) -> Tensor:

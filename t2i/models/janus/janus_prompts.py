@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from t2i.errors import UserError
+from t2i.errors import UserError, naming
 from t2i.fields import read_object
 from t2i.files import text_sha256, write_json
 from t2i.lfs import refuse_pointers
@@ -30,6 +30,8 @@ BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", 
 BEGIN_OF_IMAGE, END_OF_IMAGE = "<begin_of_image>", "<end_of_image>"
 IMAGE = "<image_placeholder>"
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
+MAX_TOKENS = 512
+"""Longest prompt, in tokens."""
 _SPACES = "two  spaces, and one"
 
 
@@ -41,7 +43,7 @@ class JanusPrompts:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, bos: str = BOS, eos: str = EOS, max_tokens: int = 512
+        self, tokenizer: Tokenizer, *, bos: str = BOS, eos: str = EOS, max_tokens: int = MAX_TOKENS
     ):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.bos, self.eos = bos, eos
@@ -55,7 +57,7 @@ class JanusPrompts:
             )
 
     @staticmethod
-    def load(folder: str | Path, max_tokens: int = 512) -> "JanusPrompts":
+    def load(folder: str | Path) -> "JanusPrompts":
         """Read tokenizer.json and the BOS and EOS tokens from a published folder."""
         path = Path(folder) / "tokenizer.json"
         try:
@@ -69,10 +71,8 @@ class JanusPrompts:
         named: dict = {
             k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items() if v
         }
-        try:
-            prompts = JanusPrompts(tokenizer, max_tokens=max_tokens, **named)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+        with naming(path):
+            prompts = JanusPrompts(tokenizer, **named)
         prompts.folder = Path(folder)
         return prompts
 

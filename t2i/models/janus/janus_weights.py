@@ -75,9 +75,8 @@ def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".attn.qkv." in name:
             for part, chunk in zip("qkv", value.chunk(3), strict=True):
                 place = name.replace(".attn.qkv.", f".self_attn.{part}_proj.")
-                renamed[place] = (
-                    chunk.clone()
-                )  # safetensors files cannot hold tensors that share memory
+                # A copy: safetensors files cannot hold tensors that share memory.
+                renamed[place] = chunk.clone()
         elif key == "vision_model.vision_tower.pos_embed":
             renamed["model.vision_model.embeddings.position_embedding.weight"] = value.squeeze(0)
         else:

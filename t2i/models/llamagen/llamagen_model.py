@@ -97,9 +97,8 @@ class GPT(nn.Module):
 
     def __init__(self, config: LlamaGenConfig):
         super().__init__()
-        self.cls_embedding = (ClassEmbedding if config.cond == "class" else CaptionEmbedding)(
-            config
-        )
+        embedding = ClassEmbedding if config.cond == "class" else CaptionEmbedding
+        self.cls_embedding = embedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -119,7 +118,9 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
         super().__init__(config)
         self.config = config
         self.gpt = GPT(config)
-        self.caption_width = config.caption_dim if config.cond == "text" else 0
+        classes = config.cond == "class"
+        self.caption_width = 0 if classes else config.caption_dim
+        guidance = CLASS_GUIDANCE.get(published_size(SIZES, **vars(config)), 2.0)
         self.spec = BackboneSpec(
             family="llamagen",
             dim=config.dim,
@@ -128,12 +129,8 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
             subvocabs=(config.vocab_size,),
             cond_kind=config.cond,
             prefix_tokens=config.prefix_tokens,
-            num_classes=config.num_classes if config.cond == "class" else 0,
-            sampling=SamplingConfig(
-                cfg_scale=CLASS_GUIDANCE.get(published_size(SIZES, **vars(config)), 2.0)
-            )
-            if config.cond == "class"
-            else SamplingConfig(cfg_scale=7.5, top_k=1000),
+            num_classes=config.num_classes if classes else 0,
+            sampling=SamplingConfig(guidance) if classes else SamplingConfig(7.5, top_k=1000),
         )
 
     # -- files -------------------------------------------------------------------------------------
@@ -219,7 +216,7 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
     def blocks(self) -> nn.ModuleList:
         return self.gpt.layers
 
-    def finish(self, x: Tensor) -> Tensor:
+    def finish(self, x: Tensor, *shared: Tensor) -> Tensor:
         return self.gpt.norm(x)
 
     def head(self, h: Tensor, earlier: Tensor) -> tuple[Tensor, nn.Module]:

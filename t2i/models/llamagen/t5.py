@@ -89,7 +89,7 @@ class T5Captions:
         self.model.to(device)
         return self
 
-    def encode(self, captions: Sequence[str], clean: bool = True) -> list[Tensor]:
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """Features [n_i, C] of each caption: those of its tokens, the last one being the end token.
 
         n_i is at most `max_tokens` (see `notes`). Dtype and device are the encoder's. An empty
@@ -107,7 +107,7 @@ class T5Captions:
         most = self.max_tokens
         token_ids = [
             ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
-            for ids in self._tokenize(captions, clean)[1]
+            for ids in self._tokenize(captions)[1]
         ]
         groups: dict[int, list[int]] = {}
         for index, ids in enumerate(token_ids):
@@ -127,7 +127,7 @@ class T5Captions:
         Raises:
             UserError: as for `encode`.
         """
-        texts, all_ids = self._tokenize(captions, clean=True)
+        texts, all_ids = self._tokenize(captions)
         unknown = self.tokenizer.unk_token_id
         blank = self.tokenizer.convert_tokens_to_ids("\u2581")  # sentencepiece's space
         no_words = {unknown, blank, self.tokenizer.eos_token_id}
@@ -141,11 +141,12 @@ class T5Captions:
             notes.append(lost)
         return notes
 
-    def _tokenize(self, captions: Sequence[str], clean: bool) -> tuple[list[str], list[list[int]]]:
+    def _tokenize(self, captions: Sequence[str]) -> tuple[list[str], list[list[int]]]:
+        """The cleaned captions, and their token ids."""
         check_captions(captions)
         if not captions:
             return [], []
-        texts = [clean_caption(c) for c in captions] if clean else list(captions)
+        texts = [clean_caption(caption) for caption in captions]
         return texts, self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
 
     # Not inference_mode: its tensors cannot be used in a later backward pass.

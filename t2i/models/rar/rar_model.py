@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from t2i.errors import UserError
 from t2i.models.base import BackboneSpec
-from t2i.models.blocks import attend, causal_mask, run_blocks
+from t2i.models.blocks import TransformerBackbone, attend
 from t2i.models.conditions import Condition
 from t2i.models.kv_cache import KVCache
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITVQGAN
@@ -199,7 +199,7 @@ class RARGPT(nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
 
 
-class RAR(WeightFileBackbone):
+class RAR(WeightFileBackbone, TransformerBackbone):
     config_type, tokenizer_type = RARConfig, MaskGITVQGAN
     lora_targets = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 
@@ -262,32 +262,21 @@ class RAR(WeightFileBackbone):
     def embed_tokens(self, codes: Tensor) -> Tensor:
         return self.gpt.embeddings(codes[..., 0])
 
-    def trunk(
-        self, x_BLD, positions_L, condition: Condition, cache: KVCache | None = None
-    ) -> Tensor:
-        mask = causal_mask(x_BLD, condition.mask, cache)
-        x, c = self.gpt(self.token_dropout(x_BLD), condition.extras["class"], positions_L)
-        x = run_blocks(
-            self.gpt.blocks,
-            x,
-            c,
-            mask,
-            cache,
-            recompute=self.gradient_checkpointing,
-            compiled=self.compile_blocks and cache is None,
-        )
-        return self.gpt.adaln_before_head(x, c)
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.gpt.blocks
+
+    def enter(self, x_BLD: Tensor, positions_L: Tensor, condition: Condition) -> tuple[Tensor, ...]:
+        return self.gpt(x_BLD, condition.extras["class"], positions_L)
+
+    def finish(self, x: Tensor, *shared: Tensor) -> Tensor:
+        return self.gpt.adaln_before_head(x, *shared)
 
     def head(self, h: Tensor, earlier: Tensor) -> tuple[Tensor, nn.Module]:
         return h, self.gpt.lm_head
 
     def image_layers(self) -> dict[str, nn.Module]:
         return {"embeddings": self.gpt.embeddings, "lm_head": self.gpt.lm_head}
-
-    def new_cache(self, batch: int, length: int) -> KVCache:
-        c, weight = self.config, self.gpt.embeddings.weight
-        shape = (c.n_layer, batch, c.n_head, length, c.dim // c.n_head)
-        return KVCache(*shape, dtype=weight.dtype, device=weight.device)
 
     def quantize_pixels(self, pixels: Tensor) -> Tensor:
         unit = ((pixels + 1) / 2).clamp(0, 1)

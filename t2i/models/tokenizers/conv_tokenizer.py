@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i.weights import build_empty, count_children, load_strict, naming, read_state_dict
+from t2i.errors import naming
+from t2i.weights import build_empty, count_children, load_strict, read_state_dict
 
 
 @dataclass(frozen=True)

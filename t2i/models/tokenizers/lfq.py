@@ -94,9 +94,8 @@ class AdaptiveGroupNorm(nn.Module):
         self.gamma, self.beta = nn.Linear(bits, c), nn.Linear(bits, c)
 
     def forward(self, x_BChw: Tensor, z_BEhw: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(
-            z_BEhw.flatten(2), dim=-1
-        )  # sample variance: divides by hw - 1
+        # The sample variance, which divides by hw - 1.
+        variance, mean = torch.var_mean(z_BEhw.flatten(2), dim=-1)
         scale, shift = self.gamma((variance + self.norm.eps).sqrt()), self.beta(mean)
         return scale[..., None, None] * self.norm(x_BChw) + shift[..., None, None]
 
@@ -198,9 +197,8 @@ class LFQTokenizer(ConvTokenizer):
         names = {_EMA + name.replace(".", ""): name for name in tokenizer.state_dict()}
         averaged = {names.get(k, k): v for k, v in averaged.items()}
         parts = [(raw, path), (averaged, f"{path} (averaged weights, {_EMA}*)")]
-        for weights, source in (
-            parts if ema else reversed(parts)
-        ):  # both must fit; the last one loaded stays
+        # Both must fit; the last one loaded stays.
+        for weights, source in parts if ema else reversed(parts):
             if weights:
                 load_strict(tokenizer, weights, source)
         return tokenizer
