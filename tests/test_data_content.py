@@ -184,7 +184,7 @@ def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise RuntimeError("Error while serializing: IoError(Os { code: 28, ... os error 28 })")
 
-    monkeypatch.setattr("t2i.data.store.save_file", full)
+    monkeypatch.setattr("t2i.data.shards.save_file", full)
     source = open_source(make("sidecar", tmp_path / "data"))
     with pytest.raises(UserError, match=r"shard_00000\.safetensors: no space is left on the disk"):
         build(source, tmp_path / "cache")

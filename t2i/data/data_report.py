@@ -17,7 +17,7 @@ from torch import Tensor
 from t2i.data.content import first_names
 from t2i.data.images import UNFETCHED, ImageRules, RemoteFile, SkipSample, open_image
 from t2i.data.samples import Sample, Source
-from t2i.data.store import sample_line
+from t2i.data.shards import sample_line
 from t2i.files import write_text
 
 T = TypeVar("T")

@@ -46,15 +46,8 @@ from t2i.data.data_report import (
 )
 from t2i.data.images import FileSlice, ImageRules, SkipSample
 from t2i.data.samples import Sample, Source
-from t2i.data.store import (
-    FORMAT,
-    MANIFEST,
-    ShardReader,
-    ShardWriter,
-    read_manifest,
-    shard_path,
-    shard_paths,
-)
+from t2i.data.shards import ShardReader, ShardWriter, shard_path, shard_paths
+from t2i.data.store import FORMAT, MANIFEST, read_manifest
 from t2i.errors import UserError
 from t2i.fields import leaves
 from t2i.files import read_json, remove_leftovers, wait_for, writable_folder, write_text
