@@ -17,8 +17,8 @@
 A shard is written whole or not at all: its safetensors file is renamed into place last. Only the
 rows that are requested are read, and compared with their checksums.
 
-Shape legend: n = samples, A = views of an image, T = positions, S = sub-tokens, C = text feature
-width.
+Shape legend: n = samples, B = batch, A = views of an image, T = positions, S = sub-tokens, C = text
+feature width.
 """
 
 import json
