@@ -85,8 +85,16 @@ class Run:
                 self.average.weights = state.average()
         self.stop_requested = self.stop_agreed = False
         self.watch = PeerWatch(processes)
-        facts = (self.plan.steps, self.data.key, self.average, own_facts)
-        self.checkpoints = run_state.Checkpoints(self.engine, self.model, config, processes, *facts)
+        self.checkpoints = run_state.Checkpoints(
+            self.engine,
+            self.model,
+            config,
+            processes,
+            steps=self.plan.steps,
+            data_key=self.data.key,
+            average=self.average,
+            facts=own_facts,
+        )
         self.best_loss = self.checkpoints.best_loss()
         self.seconds = self.waited = 0.0
         """Time spent in this process's steps, and the part of it spent waiting for data."""
@@ -220,14 +228,11 @@ class Run:
             )
         return metrics
 
-    def checkpoint_due(self) -> bool:
-        return self.step == self.plan.steps or _due(self.plan.save_every, self.step)
-
     def sheet_due(self) -> bool:
-        every, done = self.plan.sample_every, self.step == self.plan.steps
-        with_checkpoint = self.config.engine.zero_stage == 3  # which the sheet is drawn with
-        due = self.checkpoint_due() if with_checkpoint else _due(every, self.step)
-        return every > 0 and (done or due)
+        plan, sharded = self.plan, self.config.engine.zero_stage == 3
+        # Sharded weights cannot draw: the checkpoint just written does.
+        every = plan.save_every if sharded else plan.sample_every
+        return plan.sample_every > 0 and plan.due(every, self.step)
 
     def sheet_path(self) -> Path:
         return self.config.run_dir / "samples" / f"step_{self.step:06d}.png"
@@ -345,7 +350,7 @@ def _train(run: Run) -> Path:
         while run.step < plan.steps and not run.stop_agreed:
             metrics = run.train_step()
             rate = (run.step - first) * config.batch_size / (time.perf_counter() - started)
-            validated = run.step == plan.steps or _due(plan.validate_every, run.step)
+            validated = plan.due(plan.validate_every, run.step)
             if validated:
                 metrics |= run.validate()
             if run.processes.is_main:
@@ -353,10 +358,10 @@ def _train(run: Run) -> Path:
                 shown["images_s"] = f"{rate:.1f}"
                 bar.set_postfix(shown, refresh=False)  # update() redraws, but not at every step
                 bar.update()
-                if validated or _due(plan.log_every, run.step):
+                if validated or plan.due(plan.log_every, run.step):
                     memory = {"memory_gb": peak_gb(run.processes.device)}
                     run.metrics.log(run.step, metrics | {"images_per_s": rate} | memory)
-            saved = run.stop_agreed or run.checkpoint_due()
+            saved = run.stop_agreed or plan.due(plan.save_every, run.step)
             if saved:
                 run.save()
             if validated:  # after the checkpoint, which matters more if the disk is full
@@ -369,11 +374,6 @@ def _train(run: Run) -> Path:
     if run.step < plan.steps:
         raise Stopped(f"saved after step {run.step}; the same command with --resume continues")
     return run_checkpoints(config.run_dir)[-1]
-
-
-def _due(every: int, step: int) -> bool:
-    """Whether an event that happens every `every` steps (0: never) happens at this step."""
-    return every > 0 and step % every == 0
 
 
 @contextmanager

@@ -54,6 +54,10 @@ class Plan:
         """Samples that are trained on."""
         return None if self.samples is None else self.samples - self.held_out
 
+    def due(self, every: int, step: int) -> bool:
+        """Whether what happens every so many steps (0: never) and at the end happens at `step`."""
+        return step == self.steps or (every > 0 and step % every == 0)
+
 
 @overload
 def plan_run(config: TrainConfig, samples: int, held_out: int | None = None) -> Plan: ...
