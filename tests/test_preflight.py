@@ -21,9 +21,10 @@ from t2i.tensorar import codec
 from t2i.training.check import check
 from t2i.training.config import DataOptions, TrainConfig
 from t2i.training.engine import deepspeed_config
-from t2i.training.loop import Run, train
+from t2i.training.loop import train
 from t2i.training.memory import _condition, estimate
 from t2i.training.start import build_model
+from t2i.training.training_run import Run
 
 
 def test_a_warning_means_not_ready(tiny_world, tmp_path):
