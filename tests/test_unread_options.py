@@ -19,6 +19,7 @@ from t2i.data.sources.pretokenized import LlamaGenCodes
 from t2i.errors import UserError
 from t2i.files import writable_folder
 from t2i.model_options import DrawingModelOptions
+from t2i.reward import reward_recipes
 from t2i.sampling import SamplingConfig, SamplingOverrides
 from t2i.training.check import check
 from t2i.training.config import LabelledOptions
@@ -103,6 +104,15 @@ def test_unread_options_give_a_warning(name, options, message, caplog):
     caplog.clear()
     assert recipe(name, {o: v for o, v in options.items() if o in ("method.k", "tuning", "steps")})
     assert not caplog.text
+
+
+def test_options_of_steps_on_data_when_the_model_learns_from_its_own_images(caplog):
+    """They used to be passed over without a word: such a run has no dropout."""
+    own = reward_recipes.recipes()["shapes-janus-reward"][1]
+    assert settle_options(own, own) == own and not caplog.text
+    method = replace(own.method, k=4, own_drafts=0.5)
+    settle_options(replace(own, token_dropout=0.2, method=method), own)
+    assert "method.own_drafts=0.5, token_dropout=0.2 has no effect with images that" in caplog.text
 
 
 def test_epochs_alone_replace_the_recipes_steps(caplog):

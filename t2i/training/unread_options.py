@@ -73,6 +73,10 @@ def _warned_of(config: TrainConfig) -> _Unread:
         drafts = {"sampling.draft_temperature", "sampling.renoise"}
         codec = {"optim.codec_lr", "engine.codec_checkpointing"}
         yield of_method | drafts | codec, "method.k=1, which is the base without TensorAR"
+    if not config.learns_from_data:
+        dropout = {"condition_dropout", "token_dropout", "lora.dropout"}
+        of_loss = {f"method.{name}" for name in ("own_drafts", "anneal", "slot_weights")}
+        yield dropout | of_loss, "images that the model draws to learn from"
     if config.tuning == "codec" and not config.train_image_layers:
         of_backbone = ("backbone_lr", "backbone_delay_steps", "backbone_falls")
         yield {f"optim.{name}" for name in of_backbone}, "tuning=codec"
