@@ -75,7 +75,7 @@ class RewardOptions:
     watch: tuple[str, ...] = ("geneval", "dpg")
     """Built-in functions whose benchmark is drawn and judged at validations, rewarded or not."""
     watch_prompts: int = 8
-    """Prompts per task of these benchmarks (0: all)."""
+    """Prompts per task of these benchmarks, at most as many as they have (0: all)."""
     watch_images: int = 2
     """Images per prompt of these benchmarks; diversity needs two."""
 
