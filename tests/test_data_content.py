@@ -110,7 +110,7 @@ def test_changes_are_named(tmp_path):
     with pytest.raises(UserError) as caught:
         build(open_source(data), tmp_path / "cache", expected_key=key)
     assert (
-        "1 file was edited (0.txt), 4 files were added (3.png, 4.png, 5.png, ...), 2 files were"
+        "1 file was edited (0.txt), 4 files were added (3.png, 4.png, 5.png, and 1 more), 2 files were"
         in str(caught.value)
     )
     with pytest.raises(UserError, match=r"none is gone or of another version"):

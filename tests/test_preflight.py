@@ -86,7 +86,7 @@ def test_skipped_samples_are_not_counted(tiny_world, tmp_path):
         (folder / f"{i}.png").write_bytes(b"")
     own = {"data__source": str(folder), "data__validation_samples": 2}
     said = check(tiny_run(tiny_world, "skipped", **own))
-    assert "4 empty (0.png, 1.png, 2.png, ...)" in said
+    assert "4 empty (0.png, 1.png, 2.png, and 1 more)" in said
     assert "2 of 6 samples held out" in said and "over 4 training samples" in said
 
 
