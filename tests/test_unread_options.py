@@ -112,7 +112,11 @@ def test_options_of_steps_on_data_when_the_model_learns_from_its_own_images(capl
     assert settle_options(own, own) == own and not caplog.text
     method = replace(own.method, k=4, own_drafts=0.5)
     settle_options(replace(own, token_dropout=0.2, method=method), own)
-    assert "method.own_drafts=0.5, token_dropout=0.2 has no effect with images that" in caplog.text
+    assert "method.own_drafts=0.5, token_dropout=0.2 has no effect with reward fine" in caplog.text
+    settle_options(replace(own, reward=replace(own.reward, prompts="a.txt", tasks=("x",))), own)
+    assert "reward.tasks=['x'] has no effect with reward.prompts=a.txt, a file" in caplog.text
+    settle_options(replace(own, reward=replace(own.reward, clip=0.1)), own)
+    assert "reward.clip=0.1 has no effect with reward.updates=1" in caplog.text
 
 
 def test_epochs_alone_replace_the_recipes_steps(caplog):

@@ -6,6 +6,7 @@ recipes are in `t2i/models/*/*_recipes.py`.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -232,6 +233,10 @@ class LogOptions:
                 )
 
 
+Unread = Iterator[tuple[set[str], str]]
+"""Pairs of options that are not read, and the setting that is the reason."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run."""
@@ -279,6 +284,10 @@ class TrainConfig:
     def drawn_with(self, own: SamplingConfig) -> SamplingConfig:
         """The checkpoint's default sampling settings, given the model's own."""
         return self.sampling.apply(own)
+
+    def unread(self) -> Unread:
+        """Options that only this kind of run does not read; a user who gives one is warned."""
+        yield from ()
 
     def __post_init__(self):
         engine = self.engine

@@ -13,7 +13,7 @@ from t2i.checkpoint_folders import is_checkpoint
 from t2i.data.captioned import CaptionedImages
 from t2i.errors import UserError
 from t2i.fields import given_options, leaves
-from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
+from t2i.training.config import DataOptions, LabelledOptions, TrainConfig, Unread
 from t2i.training.open_data import holds_codes
 from t2i.training.settings import plain
 from t2i.worlds import WORLDS
@@ -21,8 +21,6 @@ from t2i.worlds import WORLDS
 log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=TrainConfig)
-_Unread = Iterator[tuple[set[str], str]]
-"""Pairs of options that are not read, and the setting that is the reason."""
 
 
 def settle_options(config: C, recipe: C) -> C:
@@ -43,14 +41,14 @@ def settle_options(config: C, recipe: C) -> C:
     return config
 
 
-def _without_effect(given: list[str], values: dict, unread: _Unread) -> Iterator[str]:
+def _without_effect(given: list[str], values: dict, unread: Unread) -> Iterator[str]:
     """A message for each group of unread options of which the user gave some."""
     for names, why in unread:
         if parts := [f"{name}={values[name]}" for name in given if name in names]:
             yield f"{', '.join(parts)} has no effect with {why}"
 
 
-def _refused(config: TrainConfig, given: list[str]) -> _Unread:
+def _refused(config: TrainConfig, given: list[str]) -> Unread:
     data, of_base = config.data, {"backbone.grid", "backbone.text_encoder_dtype"}
     if config.tuning != "lora":
         of_adapters = {f"lora.{name}" for name in vars(config.lora)}
@@ -66,17 +64,13 @@ def _refused(config: TrainConfig, given: list[str]) -> _Unread:
         yield {"data.crop_ranges"}, "data.views=flip (only ten-crop uses it)"
 
 
-def _warned_of(config: TrainConfig) -> _Unread:
+def _warned_of(config: TrainConfig) -> Unread:
     """Not refused, since scripts pass the same options to every recipe, including the control's."""
     if config.method.k == 1:
         of_method = {f"method.{name}" for name in vars(config.method)} - {"method.k"}
         drafts = {"sampling.draft_temperature", "sampling.renoise"}
         codec = {"optim.codec_lr", "engine.codec_checkpointing"}
         yield of_method | drafts | codec, "method.k=1, which is the base without TensorAR"
-    if not config.learns_from_data:
-        dropout = {"condition_dropout", "token_dropout", "lora.dropout"}
-        of_loss = {f"method.{name}" for name in ("own_drafts", "anneal", "slot_weights")}
-        yield dropout | of_loss, "images that the model draws to learn from"
     if config.tuning == "codec" and not config.train_image_layers:
         of_backbone = ("backbone_lr", "backbone_delay_steps", "backbone_falls")
         yield {f"optim.{name}" for name in of_backbone}, "tuning=codec"
@@ -84,3 +78,4 @@ def _warned_of(config: TrainConfig) -> _Unread:
         yield {"epochs"}, f"steps={config.steps}"
     if config.log.tracker != "wandb":
         yield {"log.project"}, f"log.tracker={config.log.tracker} (only wandb uses it)"
+    yield from config.unread()
