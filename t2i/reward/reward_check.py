@@ -3,6 +3,7 @@ listed, but neither loaded nor fetched.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from t2i.progress import readable_size, readable_time
 from t2i.reward.reward_options import BUILT_IN, RewardConfig, RewardOptions
@@ -12,7 +13,6 @@ from t2i.tensorar.model import TensorAR
 from t2i.training import check as training_check
 from t2i.training.memory import prompt_length, weight_bytes
 from t2i.training.run_plan import Plan
-from t2i.training.run_state import claim_run_dir
 from t2i.training.start import check_start
 from t2i.training.state import trained
 
@@ -28,10 +28,10 @@ def check(config: RewardConfig, world_size: int = 1) -> str:
     """
     pool = training_prompts(config.reward, config.seed)
     reward = _reward_lines(config.reward, pool)
-    if checkpoint := claim_run_dir(config):
-        check_start(config, checkpoint)
 
-    def more(model: TensorAR, plan: Plan | None) -> dict[str, list[str]]:
+    def more(model: TensorAR, plan: Plan | None, checkpoint: Path | None) -> dict[str, list[str]]:
+        if checkpoint is not None:
+            check_start(config, checkpoint)
         lines = [*reward, *_unreadable(config.reward, pool, model)]
         return {"reward": lines, "drawing": _drawing_lines(config, model, plan, world_size)}
 

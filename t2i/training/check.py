@@ -123,11 +123,12 @@ def sheet_prompts(config: TrainConfig) -> list[str]:
 def check(
     config: TrainConfig,
     world_size: int = 1,
-    more: Callable[[TensorAR, Plan | None], dict[str, list[str]]] | None = None,
+    more: Callable[[TensorAR, Plan | None, Path | None], dict[str, list[str]]] | None = None,
 ) -> str:
     """The report as text.
 
-    more: makes further sections (lines by title) from the model on the meta device and the plan.
+    more: makes further sections (lines by title) from the model on the meta device, the plan, and
+        the checkpoint that the run would resume from.
     """
     checkpoint = claim_run_dir(settings_of(config, "t2i.check"))
     source, total = look_before_work(config, world_size, checkpoint)
@@ -149,7 +150,7 @@ def check(
         "batch": _batch_lines(config, plan, world_size),
         "when": _when_lines(config, plan),
         **size,
-        **({} if more is None else more(model, plan)),
+        **({} if more is None else more(model, plan, checkpoint)),
         "run folder": [
             str(config.run_dir),
             f"a checkpoint  {weights} of weights, {state} of training state",
