@@ -235,19 +235,19 @@ class Run:
     def sample_sheet(self) -> None:
         """Draw the fixed prompts with the fixed seed, one row each, in the main process."""
         self.check_weights()
-        if self.processes.is_main:
-            prompts, model = self.prompts, self._whole_model().eval()
-            # Eager, since the faster ways keep memory between sheets.
-            drawing = DrawOptions(batch_size=2 * len(prompts), speed="eager")
-            with self.averaged():
-                drawn = draw_images(model, prompts, drawing, samples_per_prompt=2, progress=False)
-                images = [one.image for one in drawn]
-            labels = [text for prompt in prompts for text in (str(prompt), "")]
-            sheet = grid(images, columns=2, labels=labels)
-            with saving(self.sheet_path()):
-                save_png(sheet, self.sheet_path())
-            self.learning_mode()
-        self.processes.barrier()
+        self.processes.on_main(self._draw_sheet)
+
+    def _draw_sheet(self) -> None:
+        prompts, model = self.prompts, self._whole_model().eval()
+        # Eager, since the faster ways keep memory between sheets.
+        drawing = DrawOptions(batch_size=2 * len(prompts), speed="eager")
+        with self.averaged():
+            drawn = draw_images(model, prompts, drawing, samples_per_prompt=2, progress=False)
+            images = [one.image for one in drawn]
+        labels = [text for prompt in prompts for text in (str(prompt), "")]
+        with saving(self.sheet_path()):
+            save_png(grid(images, columns=2, labels=labels), self.sheet_path())
+        self.learning_mode()
 
     def first_look(self) -> None:
         """Validate before the first step, and draw a sheet (except under ZeRO-3)."""
