@@ -272,10 +272,10 @@ class RewardRun(Run):
                 scores.append(weight * metrics[known])
         return -math.fsum(scores) if scores else super().judged_by(metrics)
 
-    def sample_sheet(self) -> None:
-        """Draw the fixed prompts, and show the best and worst images of the last step's groups."""
-        super().sample_sheet()
-        if self.processes.is_main and self.round is not None:
+    def draw_sheet(self) -> None:
+        """Also show the best and worst images of the last step's groups."""
+        super().draw_sheet()
+        if self.round is not None:
             self._group_sheet(self.round)
 
     def _group_sheet(self, found: Round) -> None:

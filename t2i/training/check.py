@@ -57,7 +57,7 @@ def look_before_work(
     usable or not, if known. A resumed run loads its own `checkpoint`: its original weights are not
     checked.
     """
-    _refuse_no_text(config)
+    _refuse_not_utf8(config)
     choose_tracker(config.log.tracker)
     if checkpoint is not None:
         check_resumable(config, world_size, checkpoint)
@@ -82,7 +82,7 @@ def look_before_work(
     return source, total
 
 
-def _refuse_no_text(config: TrainConfig) -> None:
+def _refuse_not_utf8(config: TrainConfig) -> None:
     """UserError for a file name that is not UTF-8, since config.json cannot hold it."""
     for option, value in leaves(plain(config)).items():
         for text in value if isinstance(value, list) else [value]:

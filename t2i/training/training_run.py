@@ -233,11 +233,12 @@ class Run:
         return self.config.run_dir / "samples" / f"step_{self.step:06d}.png"
 
     def sample_sheet(self) -> None:
-        """Draw the fixed prompts with the fixed seed, one row each, in the main process."""
+        """Draw a sheet in the main process; every rank calls it."""
         self.check_weights()
-        self.processes.on_main(self._draw_sheet)
+        self.processes.on_main(self.draw_sheet)
 
-    def _draw_sheet(self) -> None:
+    def draw_sheet(self) -> None:
+        """Draw the fixed prompts with the fixed seed, one row each."""
         prompts, model = self.prompts, self._whole_model().eval()
         # Eager, since the faster ways keep memory between sheets.
         drawing = DrawOptions(batch_size=2 * len(prompts), speed="eager")
