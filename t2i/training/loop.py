@@ -36,6 +36,11 @@ def train(config: TrainConfig, kind: type[Run] = Run) -> Path:
             "check=True is for checking a run, but t2i.train trains: use print(t2i.check(config)) "
             "to see what would happen, or leave check out to train"
         )
+    if kind is Run and not config.learns_from_data:
+        raise UserError(
+            "t2i.train learns from data, but these are the settings of reward fine-tuning, which "
+            "learns from images that the model draws: use launch/train_reward.py"
+        )
     with run_state.owned(config, start_processes()):
         return _train(kind(config))
 
