@@ -8,7 +8,7 @@ The recipe's own options are those of its training program.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +20,7 @@ if not __package__:  # run from a clone, without installation
 from t2i import cli
 from t2i.training.cluster import Cluster
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
-from t2i.training.recipes import recipes_for
+from t2i.training.recipes import recipes_for, settle_options
 
 _MAIN = (
     *(f"cluster.{name}" for name in ("gpus", "gpus_per_node", "gpu_memory", "disk", "images")),
@@ -39,10 +39,15 @@ class PlannedRun:
     run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
+def settle(planned: PlannedRun, own: PlannedRun) -> PlannedRun:
+    """The settings that the training program would make of the run's options; own: the recipe."""
+    return replace(planned, run=settle_options(planned.run, own.run))
+
+
 def main() -> None:
     recipes = recipes_for(DataOptions) | recipes_for(LabelledOptions)
     planned = {name: (about, PlannedRun(run=run)) for name, (about, run) in recipes.items()}
-    config = cli.parse_recipe(planned, __doc__, main=_MAIN)
+    config = cli.parse_recipe(planned, __doc__, main=_MAIN, settle=settle)
     from t2i.training.scale import plan_cluster
 
     print(plan_cluster(config.run, config.cluster))

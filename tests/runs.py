@@ -25,7 +25,7 @@ from t2i.training.config import (
     TrainConfig,
 )
 from t2i.training.logs import read_metrics
-from t2i.training.loop import Run
+from t2i.training.training_run import Run
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares"]
 SAME_SUM = 1e-5

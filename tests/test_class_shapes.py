@@ -27,7 +27,7 @@ from t2i.shapes.class_bases import make_class_base
 from t2i.shapes.scenes import CLASSES, class_image
 from t2i.shapes.tiny_recipes import ClassBase
 from t2i.training.logs import read_metrics
-from t2i.training.loop import Run
+from t2i.training.training_run import Run
 
 
 def drawn(labels, size=32, first=0) -> np.ndarray:

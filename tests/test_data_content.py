@@ -110,7 +110,7 @@ def test_changes_are_named(tmp_path):
     with pytest.raises(UserError) as caught:
         build(open_source(data), tmp_path / "cache", expected_key=key)
     assert (
-        "1 file was edited (0.txt), 4 files were added (3.png, 4.png, 5.png, ...), 2 files were"
+        "1 file was edited (0.txt), 4 files were added (3.png, 4.png, 5.png, and 1 more), 2 files were"
         in str(caught.value)
     )
     with pytest.raises(UserError, match=r"none is gone or of another version"):
@@ -184,7 +184,7 @@ def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise RuntimeError("Error while serializing: IoError(Os { code: 28, ... os error 28 })")
 
-    monkeypatch.setattr("t2i.data.store.save_file", full)
+    monkeypatch.setattr("t2i.data.shards.save_file", full)
     source = open_source(make("sidecar", tmp_path / "data"))
     with pytest.raises(UserError, match=r"shard_00000\.safetensors: no space is left on the disk"):
         build(source, tmp_path / "cache")

@@ -20,8 +20,8 @@ from test_data_sources import png as picture
 from t2i.data.sources.classes import find_classes
 from t2i.errors import UserError
 from t2i.training.check import check
-from t2i.training.loop import Run
 from t2i.training.recipes import recipe
+from t2i.training.training_run import Run
 
 
 def captions(source) -> list[list[str]]:

@@ -17,6 +17,7 @@ from t2i.data.encoding import Encoding, build_store
 from t2i.data.images import ImageRules, Views
 from t2i.data.order import sample_index
 from t2i.data.samples import Sample, Source
+from t2i.data.shards import ShardReader
 from t2i.data.store import CodeStore
 from t2i.errors import UserError
 from t2i.processes import ALONE, Processes
@@ -203,7 +204,7 @@ def test_a_kill_while_a_shard_is_written_leaves_no_shard(tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("t2i.data.store.save_file", half_written)
+        patch.setattr("t2i.data.shards.save_file", half_written)
         with pytest.raises(Killed):
             build(make_samples(), tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -389,9 +390,7 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path, monkeypatch):
         held[shards] = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         open_files = [
-            o
-            for o in gc.get_objects()
-            if isinstance(o, store.ShardReader) and "_tensors" in vars(o)
+            o for o in gc.get_objects() if isinstance(o, ShardReader) and "_tensors" in vars(o)
         ]
         assert len(open_files) == 4
         del opened, open_files

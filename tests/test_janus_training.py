@@ -36,8 +36,9 @@ from t2i.sampling import DrawOptions
 from t2i.training.batches import TrainingData
 from t2i.training.check import check
 from t2i.training.engine import TrainingLoss
-from t2i.training.loop import Run, train
+from t2i.training.loop import train
 from t2i.training.start import build_model
+from t2i.training.training_run import Run
 
 EXACT = 0.0
 

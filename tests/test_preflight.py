@@ -21,9 +21,10 @@ from t2i.tensorar import codec
 from t2i.training.check import check
 from t2i.training.config import DataOptions, TrainConfig
 from t2i.training.engine import deepspeed_config
-from t2i.training.loop import Run, train
+from t2i.training.loop import train
 from t2i.training.memory import _condition, estimate
 from t2i.training.start import build_model
+from t2i.training.training_run import Run
 
 
 def test_a_warning_means_not_ready(tiny_world, tmp_path):
@@ -85,7 +86,7 @@ def test_skipped_samples_are_not_counted(tiny_world, tmp_path):
         (folder / f"{i}.png").write_bytes(b"")
     own = {"data__source": str(folder), "data__validation_samples": 2}
     said = check(tiny_run(tiny_world, "skipped", **own))
-    assert "4 empty (0.png, 1.png, 2.png, ...)" in said
+    assert "4 empty (0.png, 1.png, 2.png, and 1 more)" in said
     assert "2 of 6 samples held out" in said and "over 4 training samples" in said
 
 

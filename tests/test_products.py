@@ -11,7 +11,8 @@ from t2i import products
 from t2i.models.blocks import attend
 from t2i.products import fast_products
 from t2i.tensorar import speed
-from t2i.training.loop import Run, train
+from t2i.training.loop import train
+from t2i.training.training_run import Run
 
 CPU = torch.device("cpu")
 

@@ -24,7 +24,6 @@ from t2i.models.open_magvit2 import open_magvit2_recipes
 from t2i.models.rar import rar_recipes
 from t2i.shapes.shapes_source import write_dataset
 from t2i.tensorar import presets
-from t2i.training import loop
 from t2i.training.check import check
 from t2i.training.config import DataOptions, LogOptions, OptimOptions, TrainConfig
 from t2i.training.logs import read_metrics
@@ -32,6 +31,7 @@ from t2i.training.loop import train
 from t2i.training.open_data import open_data
 from t2i.training.recipes import OWN_PICTURES, recipe
 from t2i.training.run_plan import about_settings, peak_rates, plan_run
+from t2i.training.training_run import Run
 from t2i.training.trigger_words import refuse_lost_words
 
 FAMILIES_RECIPES = (llamagen_recipes, janus_recipes, open_magvit2_recipes, rar_recipes)
@@ -300,7 +300,7 @@ def test_the_first_hour_offline(tmp_path, monkeypatch, capsys):
 def test_given_prompts_get_the_trigger_and_the_base_is_drawn_once(tiny_world):
     log = replace(OWN_PICTURES, prompts=("a photo of two squares",), save_every=0)
     config = replace(tiny_run(tiny_world, "looked", steps=2, data__trigger="red"), log=log)
-    run = loop.Run(config)
+    run = Run(config)
     run.first_look()  # and then the process is killed
     train(replace(config, resume=True))
     assert [row["step"] for row in read_metrics(config.run_dir)] == [0, 1, 2]

@@ -37,8 +37,9 @@ from t2i.training.batches import TrainingData
 from t2i.training.check import check
 from t2i.training.config import TrainConfig
 from t2i.training.logs import MetricsLog
-from t2i.training.loop import BEST_BY, Run, train
+from t2i.training.loop import train
 from t2i.training.start import build_model
+from t2i.training.training_run import BEST_BY, Run
 from t2i.training.validation import validate
 
 EXACT = 0.0

@@ -19,7 +19,7 @@ from t2i.reward.panel import Panel, RewardError
 from t2i.reward.reward_options import RewardOptions
 from t2i.reward.reward_prompts import benchmark_hashes, prompt_hash, training_prompts
 from t2i.reward.reward_run import RewardRun
-from t2i.reward.reward_watch import diversity
+from t2i.reward.reward_watch import benchmark_of, diversity
 from t2i.reward.rewards import DPGReward, load_rewards, own_function, soft_credit
 from t2i.shapes.scenes import Scene, SceneObject, render
 from t2i.shapes.shapes_detector import ShapesDetector
@@ -310,6 +310,14 @@ def test_a_users_prompts(tmp_path):
 def test_options_that_make_no_sense(options, words):
     with pytest.raises(UserError, match=words):
         RewardOptions(**options)
+
+
+@pytest.mark.parametrize("name", ["geneval", "dpg"])
+def test_watched_prompts_are_the_benchmarks(name):
+    """More per task than the benchmark has used to bring in prompts that training draws."""
+    few, every, most = (benchmark_of(name, "shapes", count) for count in (2, 0, 50))
+    assert 0 < len(few) < len(every) and most == every
+    assert all(prompt_hash(entry["prompt"]) in benchmark_hashes() for entry in every)
 
 
 def test_diversity():

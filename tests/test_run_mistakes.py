@@ -268,6 +268,8 @@ def test_a_run_is_resumed_with_its_own_objective_only(plain, copied, tiny_world)
     own = {f.name: getattr(reward, f.name) for f in fields(TrainConfig)}
     usual = TrainConfig(**own | {"run_dir": tiny_world / "runs" / "objective-of-data"})
     on = {"resume": True, "steps": 2}
+    with pytest.raises(UserError, match=r"t2i\.train learns from data.*launch/train_reward\.py"):
+        train(reward)
     train(reward, RewardRun)
     with pytest.raises(UserError, match=r"learns from the images.* use the program that began it"):
         train(replace(usual, **on, run_dir=reward.run_dir))

@@ -25,7 +25,8 @@ from t2i.training import settings
 from t2i.training.check import check
 from t2i.training.config import BackboneOptions, LabelledOptions, TrainConfig
 from t2i.training.logs import read_metrics
-from t2i.training.loop import Run, train
+from t2i.training.loop import train
+from t2i.training.training_run import Run
 
 STAGES = {
     "zero0": {},

@@ -96,6 +96,9 @@ def test_the_program_takes_the_options_of_the_training_program(capsys, monkeypat
     text = "--gpus 8 --images 5000 --engine.micro-batch 4 --data.validation-samples 99"
     said = enter("shapes-tuned", *text.split(), "--backbone.weights", "shapes")
     assert "32 a step = 4 a pass x 1 accumulated x 8 GPUs" in said and "99 of them held out" in said
+    # As in training, epochs replace the recipe's steps; they used to be ignored.
+    said = enter("shapes-tuned", "--gpus", "1", "--images", "3328", "--epochs", "2")
+    assert "192 steps = 2.00 passes" in said
     with pytest.raises(UserError, match=r"--log.prompts is given 2 times"):
         enter("shapes-tuned", "--log.prompts", "a", "--log.prompts", "b")
 

@@ -31,8 +31,9 @@ from t2i.training.batches import TrainingData
 from t2i.training.config import OptimOptions, TrainConfig
 from t2i.training.engine import TrainingLoss, parameter_groups, set_rates
 from t2i.training.logs import read_metrics
-from t2i.training.loop import Run, train
+from t2i.training.loop import train
 from t2i.training.start import build_model
+from t2i.training.training_run import Run
 from t2i.training.validation import validate
 from t2i.weights import read_state_dict
 

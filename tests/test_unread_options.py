@@ -19,6 +19,7 @@ from t2i.data.sources.pretokenized import LlamaGenCodes
 from t2i.errors import UserError
 from t2i.files import writable_folder
 from t2i.model_options import DrawingModelOptions
+from t2i.reward import reward_recipes
 from t2i.sampling import SamplingConfig, SamplingOverrides
 from t2i.training.check import check
 from t2i.training.config import LabelledOptions
@@ -38,19 +39,43 @@ def test_recipes_load_without_complaint(caplog):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "options", "message"),
     [
         (
+            "shapes-tuned",
+            {"lora.rank": 64, "lora.dropout": 0.1},
+            r"lora.rank=64, lora.dropout=0.1 has no effect with tuning=full, only with --tuning lora",
+        ),
+        (
+            "shapes-tuned",
+            {"data.split": "val"},
+            "data.split=val has no effect with data.source=shapes.*, which is drawn",
+        ),
+        (
+            "t2i-xl-256-tuned",
+            {"data.source": "shapes", "data.caption_column": "text"},
+            "data.caption_column=text has no effect with data.source=shapes, which is drawn",
+        ),
+        (
+            "rar-b",
             {"data.views": "flip", "data.crop_ranges": [1.2]},
             r"data.crop_ranges=.* data.views=flip \(only ten-crop uses it\)",
         ),
-        ({"data.source": ["m.jsonl"], "data.split": "val"}, "data.split=val has .* pretokenized"),
-        ({"data.source": ["m.jsonl"], "data.crop_ranges": [1.2]}, "data.crop_ranges=.* pretok"),
+        (
+            "rar-b",
+            {"data.source": ["m.jsonl"], "data.split": "val"},
+            "data.split=val has .* pretokenized",
+        ),
+        (
+            "rar-b",
+            {"data.source": ["m.jsonl"], "data.crop_ranges": [1.2]},
+            "data.crop_ranges=.* pretok",
+        ),
     ],
 )
-def test_options_that_would_mean_another_run_are_refused(options, message):
+def test_options_that_would_mean_another_run_are_refused(name, options, message):
     with pytest.raises(UserError, match=message):
-        recipe("rar-b", options)
+        recipe(name, options)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +104,19 @@ def test_unread_options_give_a_warning(name, options, message, caplog):
     caplog.clear()
     assert recipe(name, {o: v for o, v in options.items() if o in ("method.k", "tuning", "steps")})
     assert not caplog.text
+
+
+def test_options_of_steps_on_data_when_the_model_learns_from_its_own_images(caplog):
+    """They used to be passed over without a word: such a run has no dropout."""
+    own = reward_recipes.recipes()["shapes-janus-reward"][1]
+    assert settle_options(own, own) == own and not caplog.text
+    method = replace(own.method, k=4, own_drafts=0.5)
+    settle_options(replace(own, token_dropout=0.2, method=method), own)
+    assert "method.own_drafts=0.5, token_dropout=0.2 has no effect with reward fine" in caplog.text
+    settle_options(replace(own, reward=replace(own.reward, prompts="a.txt", tasks=("x",))), own)
+    assert "reward.tasks=['x'] has no effect with reward.prompts=a.txt, a file" in caplog.text
+    settle_options(replace(own, reward=replace(own.reward, clip=0.1)), own)
+    assert "reward.clip=0.1 has no effect with reward.updates=1" in caplog.text
 
 
 def test_epochs_alone_replace_the_recipes_steps(caplog):

@@ -26,8 +26,9 @@ from torch import nn
 
 from t2i.errors import UserError
 from t2i.training.engine import start_processes
-from t2i.training.loop import Run, train
+from t2i.training.loop import train
 from t2i.training.state import StoredState, write_state
+from t2i.training.training_run import Run
 from t2i.weights import save_weights
 
 JANUS = {"tuning": "lora", "train_image_layers": True}

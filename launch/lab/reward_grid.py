@@ -171,7 +171,7 @@ def run_one(options: RewardGrid) -> None:
     from t2i.reward.reward_run import RewardRun
     from t2i.training import run_state
     from t2i.training.engine import start_processes
-    from t2i.training.loop import Run
+    from t2i.training.training_run import Run
 
     name = _name(options.one, options.seed)
     path, config = options.out / f"{name}.json", configured(options)

@@ -76,7 +76,7 @@ def chain(world: World) -> Outcome:
     for number, (stage, count) in enumerate(links):
 
         def stop_at(step: int = 2 * number + 2) -> None:
-            from t2i.training.loop import Run
+            from t2i.training.training_run import Run
 
             own = Run._train_step
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from t2i.errors import shorten
 from t2i.files import file_sha256, text_sha256
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
@@ -25,7 +26,6 @@ _WORTH_AN_INDEX = 64 << 20  # bytes; hashing less takes only a moment
 _SAVE_SECONDS = 60
 _THREADS, _AT_ONCE = 8, 256
 _DIGITS = 16
-_NAMED = 3
 
 
 def hash_files(
@@ -100,12 +100,7 @@ def changes_since(files: Sequence[tuple[str, Path]], contents: Contents, cache_d
 
 def _count(names: list[str], what: str) -> str:
     verb = "file was" if len(names) == 1 else "files were"
-    return f"{len(names)} {verb} {what} ({first_names(list(map(printable, names)))})"
-
-
-def first_names(names: Sequence[str]) -> str:
-    """The first three names, followed by ", ..." if there are more."""
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+    return f"{len(names)} {verb} {what} ({shorten([*map(printable, names)], most=3)})"
 
 
 def printable(text: str) -> str:

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from t2i.data.content import first_names
 from t2i.data.images import UNFETCHED, ImageRules, RemoteFile, SkipSample, open_image
 from t2i.data.samples import Sample, Source
-from t2i.data.store import sample_line
+from t2i.data.shards import sample_line
+from t2i.errors import shorten
 from t2i.files import write_text
 
 T = TypeVar("T")
@@ -131,7 +131,7 @@ class DataReport:
         return {"seen": self.seen, "usable": self.usable, **counts, "lines": self.lines()}
 
     def describe(self) -> str:
-        """All `lines` as one: '3 missing (a.png, b.png, ...), 1 no caption (c.png)'."""
+        """All `lines` as one: '2 missing (a.png, b.png), 1 no caption (c.png)'."""
         return "; ".join(self.lines()) or "nothing skipped"
 
     def lines(self) -> list[str]:
@@ -171,10 +171,10 @@ def _by_count(keys: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def _listing(found: dict[str, list[str]], advice: Callable[[str], str] = lambda _: "") -> str:
-    """'3 missing (a.png, b.png, ...), 1 no caption (c.png)'."""
+    """'2 missing (a.png, b.png), 1 no caption (c.png)'."""
     parts = []
     for what, keys in found.items():
-        names = first_names(list(map(short_name, dict.fromkeys(keys))))
+        names = shorten([*map(short_name, dict.fromkeys(keys))], most=3)
         parts.append(f"{len(keys)} {what} ({names}{advice(what)})")
     return ", ".join(parts)
 

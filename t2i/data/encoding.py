@@ -46,15 +46,8 @@ from t2i.data.data_report import (
 )
 from t2i.data.images import FileSlice, ImageRules, SkipSample
 from t2i.data.samples import Sample, Source
-from t2i.data.store import (
-    FORMAT,
-    MANIFEST,
-    ShardReader,
-    ShardWriter,
-    read_manifest,
-    shard_path,
-    shard_paths,
-)
+from t2i.data.shards import ShardReader, ShardWriter, shard_path, shard_paths
+from t2i.data.store import FORMAT, MANIFEST, read_manifest
 from t2i.errors import UserError
 from t2i.fields import leaves
 from t2i.files import read_json, remove_leftovers, writable_folder, write_text
@@ -135,11 +128,7 @@ def build_store(
     key = {"format": FORMAT, "source": source.identity | content, **encoding.identity}
     folder = cache_dir / content_key(key)
     if expected_key not in (None, folder.name):
-        changes = _changes(cache_dir / expected_key, key, contents)
-        raise UserError(
-            f"cannot resume: the data set has changed since the run was started ({source.name}: "
-            f"{changes}). Restore the data, or start with a new run_dir"
-        )
+        raise _has_changed(source, _changes(cache_dir / expected_key, key, contents))
     if (folder / MANIFEST).exists():
         if processes.is_main:
             _refresh(folder, source)
@@ -195,20 +184,29 @@ def _changes(before: Path, key: dict, contents: Contents) -> str:
     return "; ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in names)
 
 
-def changed_files(source: Source, cache_dir: Path, key: str) -> str:
-    """How the files of a source differ from those of a store, in words; "" if equal or unknown.
-
-    Writes nothing: of large sets only the names are compared.
+def refuse_changed_files(source: Source, cache_dir: Path, key: str) -> None:
+    """UserError if the files of a source are not those of the store with this key, as far as a
+    quick check that writes nothing can tell: of large sets only the names are compared.
     """
     try:
         before = read_json(cache_dir / key / "source.json")["files"]
     except (UserError, KeyError):  # gone or unreadable
-        return ""
+        return
     files = source.files()
     if worth_an_index(files):
         stored = dict(before)
-        return describe_changes(before, [(name, stored.get(name, "")) for name, _ in files])
-    return describe_changes(before, hash_files(files, cache_dir))
+        now = [(name, stored.get(name, "")) for name, _ in files]
+    else:
+        now = hash_files(files, cache_dir)
+    if changes := describe_changes(before, now):
+        raise _has_changed(source, changes)
+
+
+def _has_changed(source: Source, changes: str) -> UserError:
+    return UserError(
+        f"cannot resume: the data set has changed since the run was started ({source.name}: "
+        f"{changes}). Restore the data, or start with a new run_dir"
+    )
 
 
 # -- shards ----------------------------------------------------------------------------------------

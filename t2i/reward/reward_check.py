@@ -3,16 +3,16 @@ listed, but neither loaded nor fetched.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from t2i.progress import readable_size, readable_time
-from t2i.reward.reward_options import BUILT_IN, RewardConfig
-from t2i.reward.reward_prompts import training_prompts
+from t2i.reward.reward_options import BUILT_IN, RewardConfig, RewardOptions
+from t2i.reward.reward_prompts import PromptPool, training_prompts
 from t2i.reward.rewards import own_function
 from t2i.tensorar.model import TensorAR
 from t2i.training import check as training_check
 from t2i.training.memory import prompt_length, weight_bytes
 from t2i.training.run_plan import Plan
-from t2i.training.run_state import claim_run_dir
 from t2i.training.start import check_start
 from t2i.training.state import trained
 
@@ -26,19 +26,19 @@ def check(config: RewardConfig, world_size: int = 1) -> str:
     Raises:
         UserError: the run is impossible.
     """
-    reward = _reward_lines(config)
-    if checkpoint := claim_run_dir(config):
-        check_start(config, checkpoint)
+    pool = training_prompts(config.reward, config.seed)
+    reward = _reward_lines(config.reward, pool)
 
-    def more(model: TensorAR, plan: Plan | None) -> dict[str, list[str]]:
-        lines = [*reward, *_unreadable(config, model)]
+    def more(model: TensorAR, plan: Plan | None, checkpoint: Path | None) -> dict[str, list[str]]:
+        if checkpoint is not None:
+            check_start(config, checkpoint)
+        lines = [*reward, *_unreadable(config.reward, pool, model)]
         return {"reward": lines, "drawing": _drawing_lines(config, model, plan, world_size)}
 
     return training_check.check(config, world_size, more)
 
 
-def _reward_lines(config: RewardConfig) -> list[str]:
-    options, pool = config.reward, training_prompts(config.reward, config.seed)
+def _reward_lines(options: RewardOptions, pool: PromptPool) -> list[str]:
     for name in options.functions:
         if name not in BUILT_IN:
             own_function(name)
@@ -51,11 +51,11 @@ def _reward_lines(config: RewardConfig) -> list[str]:
     ]
 
 
-def _unreadable(config: RewardConfig, model: TensorAR) -> Iterator[str]:
+def _unreadable(options: RewardOptions, pool: PromptPool, model: TensorAR) -> Iterator[str]:
     """A line on the prompts of a user's file that have no text the encoder can read."""
-    if config.reward.world == "shapes" or config.reward.prompts == "official":
+    if options.prompts in ("shapes", "official"):
         return
-    prompts = [entry["prompt"] for entry in training_prompts(config.reward, config.seed).every()]
+    prompts = [entry["prompt"] for entry in pool.every()]
     notes = model.backbone.caption_notes(prompts)
     if lost := [text for text, found in zip(prompts, notes, strict=True) if found is None]:
         yield (

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from t2i.errors import UserError
 from t2i.sampling import SamplingConfig
-from t2i.training.config import TrainConfig
+from t2i.training.config import TrainConfig, Unread
 
 BUILT_IN = ("geneval", "geneval-soft", "dpg", "clip")
 
@@ -75,7 +75,7 @@ class RewardOptions:
     watch: tuple[str, ...] = ("geneval", "dpg")
     """Built-in functions whose benchmark is drawn and judged at validations, rewarded or not."""
     watch_prompts: int = 8
-    """Prompts per task of these benchmarks (0: all)."""
+    """Prompts per task of these benchmarks, at most as many as they have (0: all)."""
     watch_images: int = 2
     """Images per prompt of these benchmarks; diversity needs two."""
 
@@ -200,6 +200,15 @@ class RewardConfig(TrainConfig):
         if self.reward.teacher is not None:
             own = self.reward.sampling
         return super().drawn_with(own)
+
+    def unread(self) -> Unread:
+        dropout = {"condition_dropout", "token_dropout", "lora.dropout"}
+        of_loss = {f"method.{name}" for name in ("own_drafts", "anneal", "slot_weights")}
+        yield dropout | of_loss, "reward fine-tuning, which learns from drawn images"
+        if self.reward.prompts not in ("shapes", "official"):
+            yield {"reward.tasks"}, f"reward.prompts={self.reward.prompts}, a file"
+        if self.reward.updates == 1:
+            yield {"reward.clip"}, "reward.updates=1 (the ratio is always 1)"
 
     @property
     def prompts_per_step(self) -> int:

@@ -36,9 +36,10 @@ from t2i.reward.reward_watch import WatchedBenchmarks, text_kl, together
 from t2i.reward.rewards import load_rewards
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions
-from t2i.training import loop, run_state
+from t2i.training import run_state
 from t2i.training.engine import grad_norm, healthy_norm, set_rates, start_processes
 from t2i.training.start import build_model, check_start, start_facts
+from t2i.training.training_run import Run
 
 _DRAWN = 31
 """Number of the random stream that images are drawn with."""
@@ -75,8 +76,8 @@ def _reward_metrics(found: Round) -> dict[str, float]:
     }
 
 
-class RewardRun(loop.Run):
-    """See `t2i.training.loop.Run`."""
+class RewardRun(Run):
+    """See `t2i.training.training_run.Run`."""
 
     config: RewardConfig
 
@@ -271,10 +272,10 @@ class RewardRun(loop.Run):
                 scores.append(weight * metrics[known])
         return -math.fsum(scores) if scores else super().judged_by(metrics)
 
-    def sample_sheet(self) -> None:
-        """Draw the fixed prompts, and show the best and worst images of the last step's groups."""
-        super().sample_sheet()
-        if self.processes.is_main and self.round is not None:
+    def draw_sheet(self) -> None:
+        """Also show the best and worst images of the last step's groups."""
+        super().draw_sheet()
+        if self.round is not None:
             self._group_sheet(self.round)
 
     def _group_sheet(self, found: Round) -> None:

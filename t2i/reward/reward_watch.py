@@ -11,33 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geneval.prompts import TAGS, official_prompts
+from dpg_bench.dpg_benchmark import load_questions
+from geneval.geneval_benchmark import load_prompts
+from geneval.prompts import TAGS
 from t2i.generation import all_jobs, draw_images
 from t2i.processes import Processes
 from t2i.reward.panel import Panel, RewardError
 from t2i.reward.policy import Start
 from t2i.reward.reward_options import RewardConfig
 from t2i.sampling import DrawOptions
-from t2i.shapes.shapes_prompts import benchmark_prompts
-from t2i.shapes.shapes_questions import shapes_questions
 from t2i.tensorar.model import TensorAR
 
 
 def benchmark_of(name: str, world: str, per_task: int) -> list[dict]:
     """The benchmark entries on which a built-in reward is watched: `per_task` per task (0: all)."""
     if name == "dpg":
-        if world == "shapes":
-            graph = shapes_questions()
-        else:
-            from dpg_bench.dpg_benchmark import load_questions
-
-            graph = load_questions("official")
+        graph = load_questions(world)
         items = [{"prompt": graph.prompts[i], "questions": q} for i, q in graph.items.items()]
         step = max(1, len(items) // (len(TAGS) * per_task)) if per_task else 1
         return items[::step]
-    if world == "shapes":
-        return benchmark_prompts(per_tag=per_task or 20)
-    every = official_prompts()
+    every = load_prompts(world)
     by_task = [[entry for entry in every if entry["tag"] == tag] for tag in TAGS]
     return [entry for entries in by_task for entry in entries[: per_task or None]]
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from t2i.checkpoint_folders import read_config, run_checkpoints
-from t2i.data.encoding import changed_files
 from t2i.data.order import sample_index, split_indices
 from t2i.data.samples import Source
 from t2i.data.store import CodeStore
@@ -56,19 +55,6 @@ def stored_data_key(config: TrainConfig) -> str | None:
         with suppress(UserError):
             return read_config(folder)["training"]["data_key"]
     return None
-
-
-def refuse_changed_files(config: TrainConfig, source: Source | None) -> None:
-    """UserError if the captioned images of a resumed run have changed, as far as a quick check can
-    tell: `build_store` makes sure.
-    """
-    key = stored_data_key(config)
-    changes = source and key and changed_files(source, config.data.cache_dir, key)
-    if source and changes:
-        raise UserError(
-            f"cannot resume: the data set has changed since the run was started ({source.name}: "
-            f"{changes}). Restore the data, or start with a new run_dir"
-        )
 
 
 class TrainingData:

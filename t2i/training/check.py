@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from t2i.data.data_report import DataReport, short_name, survey_source
-from t2i.data.encoding import check_cache_dir
+from t2i.data.encoding import check_cache_dir, refuse_changed_files
 from t2i.data.images import ImageRules
 from t2i.data.order import split_indices
 from t2i.data.samples import Source
@@ -26,7 +26,7 @@ from t2i.models.families import find_family
 from t2i.progress import readable_size
 from t2i.sources import check_named
 from t2i.tensorar.model import TensorAR
-from t2i.training.batches import refuse_changed_files
+from t2i.training.batches import stored_data_key
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.engine import check_compiler, deepspeed_config, parameter_groups
 from t2i.training.examples import check_backbone, image_size, views_of
@@ -57,7 +57,7 @@ def look_before_work(
     usable or not, if known. A resumed run loads its own `checkpoint`: its original weights are not
     checked.
     """
-    _refuse_no_text(config)
+    _refuse_not_utf8(config)
     choose_tracker(config.log.tracker)
     if checkpoint is not None:
         check_resumable(config, world_size, checkpoint)
@@ -77,11 +77,12 @@ def look_before_work(
         return None, None
     source = open_data(config.data)
     known = [n for n in (source.length, config.data.max_samples) if n is not None]
-    plan_run(config, total := min(known, default=None))  # raises if they are too few
+    total = min(known, default=None)
+    plan_run(config, total)  # raises if they are too few
     return source, total
 
 
-def _refuse_no_text(config: TrainConfig) -> None:
+def _refuse_not_utf8(config: TrainConfig) -> None:
     """UserError for a file name that is not UTF-8, since config.json cannot hold it."""
     for option, value in leaves(plain(config)).items():
         for text in value if isinstance(value, list) else [value]:
@@ -122,40 +123,26 @@ def sheet_prompts(config: TrainConfig) -> list[str]:
 def check(
     config: TrainConfig,
     world_size: int = 1,
-    more: Callable[[TensorAR, Plan | None], dict[str, list[str]]] | None = None,
+    more: Callable[[TensorAR, Plan | None, Path | None], dict[str, list[str]]] | None = None,
 ) -> str:
     """The report as text.
 
-    more: makes further sections (lines by title) from the model on the meta device and the plan.
+    more: makes further sections (lines by title) from the model on the meta device, the plan, and
+        the checkpoint that the run would resume from.
     """
     checkpoint = claim_run_dir(settings_of(config, "t2i.check"))
     source, total = look_before_work(config, world_size, checkpoint)
-    refuse_changed_files(config, source)
+    if source is not None and (key := stored_data_key(config)) is not None:
+        refuse_changed_files(source, config.data.cache_dir, key)
     model = build_model(config, device="meta", resumed=checkpoint)
     prompts = look_at_model(model.backbone, config)
     parameter_groups(model, config)  # raises if nothing would be trained
-    survey, otherwise = None, "still train"
     if isinstance(config.data, LabelledOptions):
         survey, total, lines, warnings = _labelled(config.data, model.backbone)
     else:
         assert source is not None
         survey, lines, warnings = _captioned(config.data, source, total, model.backbone)
-    plan = plan_run(config, total)
-    if survey is not None and survey.seen == total:  # every sample was checked
-        try:
-            plan = plan_run(config, survey.usable)
-            if plan is not None and isinstance(config.data, DataOptions):
-                same = torch.tensor(survey.pictures)
-                _, held_out = split_indices(survey.usable, plan.held_out, config.seed, same)
-                plan = plan_run(config, survey.usable, len(held_out))
-        except UserError as error:  # still report which samples are skipped, and why
-            warnings.append(f"training would end at once: {error}")
-            otherwise = "end at once"
-    if checkpoint and plan and steps_done(config, checkpoint, plan.steps) == plan.steps:
-        warnings.append(
-            f"all {plan.steps} steps are done; give more --steps (or --epochs) to continue"
-        )
-        otherwise = "end at once"
+    plan, ends = _look_ahead(config, total, survey, checkpoint)
     size, too_much = size_report(model, config, plan, world_size)
     weights, state = map(readable_size, checkpoint_bytes(model, config))
     sections = {
@@ -163,21 +150,41 @@ def check(
         "batch": _batch_lines(config, plan, world_size),
         "when": _when_lines(config, plan),
         **size,
-        **({} if more is None else more(model, plan)),
+        **({} if more is None else more(model, plan, checkpoint)),
         "run folder": [
             str(config.run_dir),
             f"a checkpoint  {weights} of weights, {state} of training state",
         ],
     }
-    warnings += [*_about_prompts(prompts, model.backbone), *too_much]
+    warnings += [*ends, *_about_prompts(prompts, model.backbone), *too_much]
     warnings += [] if plan is None else about_settings(config, plan)
     verdict = "ready: the same command without --check trains"
     if warnings:
         sections["warnings"] = warnings
         count = f"{len(warnings)} warning{'s' if len(warnings) > 1 else ''}"
-        verdict = f"not ready, {count}: the same command without --check would {otherwise}"
+        would = "end at once" if ends else "still train"
+        verdict = f"not ready, {count}: the same command without --check would {would}"
     indented = ["\n  ".join([title, *lines]) for title, lines in sections.items()]
     return "\n".join([*indented, verdict])
+
+
+def _look_ahead(
+    config: TrainConfig, total: int | None, survey: DataReport | None, checkpoint: Path | None
+) -> tuple[Plan | None, list[str]]:
+    """The plan, as far as the data are known, and the reasons why training would end at once."""
+    plan, ends = plan_run(config, total), []
+    if survey is not None and survey.seen == total:  # every sample was checked
+        try:
+            plan = plan_run(config, survey.usable)
+            if isinstance(config.data, DataOptions):
+                same = torch.tensor(survey.pictures)
+                _, held_out = split_indices(survey.usable, plan.held_out, config.seed, same)
+                plan = plan_run(config, survey.usable, len(held_out))
+        except UserError as error:  # still report which samples are skipped, and why
+            ends.append(f"training would end at once: {error}")
+    if checkpoint and plan and steps_done(config, checkpoint, plan.steps) == plan.steps:
+        ends.append(f"all {plan.steps} steps are done; give more --steps (or --epochs) to continue")
+    return plan, ends
 
 
 # -- data ------------------------------------------------------------------------------------------

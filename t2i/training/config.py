@@ -6,6 +6,7 @@ recipes are in `t2i/models/*/*_recipes.py`.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -14,7 +15,6 @@ import tyro
 
 from t2i.data.captioned import CaptionedImages
 from t2i.errors import UserError
-from t2i.fields import given_options
 from t2i.model_options import BaseOptions
 from t2i.sampling import SamplingConfig, SamplingOverrides, check_counts, check_seed
 from t2i.tensorar.method import TensorARConfig
@@ -233,6 +233,10 @@ class LogOptions:
                 )
 
 
+Unread = Iterator[tuple[set[str], str]]
+"""Pairs of options that are not read, and the setting that is the reason."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run."""
@@ -281,6 +285,10 @@ class TrainConfig:
         """The checkpoint's default sampling settings, given the model's own."""
         return self.sampling.apply(own)
 
+    def unread(self) -> Unread:
+        """Options that only this kind of run does not read; a user who gives one is warned."""
+        yield from ()
+
     def __post_init__(self):
         engine = self.engine
         of_parts = {"engine.micro_batch": engine.micro_batch, "log.keep_last": self.log.keep_last}
@@ -299,12 +307,6 @@ class TrainConfig:
         if self.train_image_layers and self.tuning == "full":
             raise UserError(
                 "train_image_layers is for tuning lora or codec: tuning full trains them anyway"
-            )
-        adapters = [f"lora.{k}={getattr(self.lora, k)}" for k in given_options(self.lora)]
-        if adapters and self.tuning != "lora":
-            raise UserError(
-                f"{', '.join(adapters)} has no effect with tuning={self.tuning}: leave it out, or "
-                "give --tuning lora"
             )
         if engine.precision == "bf16" and engine.zero_stage == 0:
             raise UserError(

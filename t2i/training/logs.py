@@ -25,9 +25,8 @@ class MetricsLog:
 
     def __init__(self, config: TrainConfig, start_step: int):
         self.path = config.run_dir / METRICS
-        kept = []
-        if self.path.exists():
-            kept = [row for row in read_metrics(config.run_dir) if 0 < start_step >= row["step"]]
+        known = read_metrics(config.run_dir) if start_step > 0 and self.path.exists() else []
+        kept = [row for row in known if row["step"] <= start_step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         last = kept[-1] if kept and kept[-1]["step"] == start_step else {}
         self.validated = last if any(name.startswith("validation/") for name in last) else None

@@ -164,7 +164,7 @@ def recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainConfig:
     if name not in recipes:
         raise UserError(f"unknown recipe {name!r:.80}; {choose_one(name, recipes)}")
     own = recipes[name][1]
-    return _settle_options(_with_options(own, options or {}, ""), own)
+    return settle_options(_with_options(own, options or {}, ""), own)
 
 
 def _with_options(config: Any, options: Mapping[str, Any], prefix: str) -> Any:
@@ -200,11 +200,11 @@ def _at_home(value: Any) -> Any:
     return os.path.expanduser(value) if str(value).startswith("~/") else str(value)
 
 
-def _settle_options(config: C, own: C) -> C:
+def settle_options(config: C, own: C) -> C:
     """`unread_options.settle_options`, imported late since it imports torch; own: the recipe."""
-    from t2i.training.unread_options import settle_options
+    from t2i.training import unread_options
 
-    return settle_options(config, own)
+    return unread_options.settle_options(config, own)
 
 
 def _program_of(name: str) -> str | None:
@@ -233,7 +233,7 @@ def run_recipe(
         main: options that --help shows in addition to the common ones.
     """
     main = (*_MAIN_OPTIONS, *main)
-    config = cli.parse_recipe(recipes, description, main, _program_of, _settle_options)
+    config = cli.parse_recipe(recipes, description, main, _program_of, settle_options)
     base = Path(config.backbone.weights)
     if base.parent == _CLASS_SHAPES and not base.exists():
         raise UserError(

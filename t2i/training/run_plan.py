@@ -26,10 +26,10 @@ _LONG = 400
 """Steps above which docs/recipe.md found own drafts alone better than own drafts half of the time.
 """
 _FEW = 25
-"""Warn below this number of steps: adapters trained on 36 pictures were best after 27 steps
-(docs/tutorial.md)."""
+"""Warn below this number of steps: on 36 pictures adapters were best after 27 steps (6 passes), on
+44 after 77 (14 passes, docs/tutorial.md)."""
 _PASSES = 20
-"""Warn above this number of passes: those 27 steps were six; after 60 the adapters had overfit."""
+"""Warn above this number of passes: after 60, adapters on those 36 pictures had overfit."""
 _SHORT = 50
 """A run with fewer steps needs no checkpoint or sheet before its end."""
 
@@ -53,6 +53,10 @@ class Plan:
     def training(self) -> int | None:
         """Samples that are trained on."""
         return None if self.samples is None else self.samples - self.held_out
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether what happens every so many steps (0: never) and at the end happens at `step`."""
+        return step == self.steps or (every > 0 and step % every == 0)
 
 
 @overload

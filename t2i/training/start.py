@@ -23,6 +23,7 @@ from t2i.manifest import TRAINING_STATE, listed_weights
 from t2i.models.base import Backbone
 from t2i.sampling import SamplingConfig
 from t2i.sources import (
+    BackboneSource,
     base_files,
     expand_folder,
     moved,
@@ -49,19 +50,16 @@ def build_model(
     """
     options = config.backbone
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-    earlier = resumed or options.weights
-    if is_checkpoint(earlier):
-        # The base may have moved since the run began; its hash proves that it is the same.
-        base = _local_base(options.weights) if resumed else None
-        backbone = start_from(
-            earlier, options, resumed=resumed is not None, base=base, device=device, dtype=dtype
-        )
+    continued = resumed is None and is_checkpoint(options.weights)
+    if resumed is not None:
+        backbone = _resumed_backbone(resumed, options, torch.device(device), dtype)
+    elif continued:
+        backbone = start_from(options.weights, options, device=device, dtype=dtype)
     else:
-        files = base_files(**asdict(options))
-        backbone = load_source(files, device=device, dtype=dtype)
+        backbone = load_source(base_files(**asdict(options)), device=device, dtype=dtype)
     model = TensorAR(backbone, config.method, seed=config.seed)
-    if resumed is None and is_checkpoint(earlier):
-        _take_codec(model, earlier)
+    if continued:
+        _take_codec(model, options.weights)
     backbone.requires_grad_(False)
     if config.tuning == "lora":
         add_lora(backbone, config.lora, seed=config.seed)
@@ -84,8 +82,6 @@ def start_from(
     folder: str | Path,
     options: BackboneOptions,
     *,
-    resumed: bool = False,
-    base: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Backbone:
@@ -98,28 +94,17 @@ def start_from(
     Args:
         folder: checkpoint, run or export folder.
         options: where the base's tokenizer and text encoder are now, and what is not loaded.
-        resumed: whether the checkpoint is the run's own. Its adapters are then not merged, since
-            their training continues.
-        base: where the base's weights are now.
     """
     folder = choose_checkpoint(folder)
     config = read_config(folder)
     family = config["backbone"].get("family")
-    if family not in (None, options.family) and not resumed:
+    if family not in (None, options.family):
         raise UserError(
             f"backbone.family={options.family}, but {folder} is of the family {family}: use a "
             "recipe of that family"
         )
-    source = moved(
-        stored_source(config, folder),
-        base=base,
-        tokenizer=options.tokenizer,
-        text_encoder=options.text_encoder,
-    )
-    source = replace(source, generation_only=options.generation_only)
-    if base is not None:
-        prove(expand_folder(source))
-    merged = config.get("tuning") == "lora" and not resumed
+    source = _source_now(config, folder, options)
+    merged = config.get("tuning") == "lora"
     exact = torch.float32 if merged else dtype  # in bf16 rounding would lose the adapters' changes
     backbone = load_stored_backbone(
         folder, config, source, adapter=merged, device=torch.device(device), dtype=exact
@@ -127,8 +112,6 @@ def start_from(
     if merged:
         merge_lora(backbone)
         backbone.to(dtype)
-    if resumed:
-        return backbone
     sampling = replace(stored_part(config, "sampling", SamplingConfig, folder), window=0, stride=1)
     backbone.spec = replace(backbone.spec, sampling=sampling)
     changed = config["tuning"] != "codec" or config.get("image_layers")
@@ -139,6 +122,30 @@ def start_from(
         started_from=str(folder.resolve()) if changed else source.started_from,
     )
     return backbone
+
+
+def _resumed_backbone(
+    folder: Path, options: BackboneOptions, device: torch.device, dtype: torch.dtype
+) -> Backbone:
+    """The backbone of a run's own checkpoint, without its adapters: their training continues."""
+    config, base = read_config(folder), _local_base(options.weights)
+    source = _source_now(config, folder, options, base)
+    if base is not None:
+        prove(expand_folder(source))  # the base may have moved since the run began
+    return load_stored_backbone(folder, config, source, adapter=False, device=device, dtype=dtype)
+
+
+def _source_now(
+    config: dict, folder: Path, options: BackboneOptions, base: Path | None = None
+) -> BackboneSource:
+    """A checkpoint's source, given where the files of its base are now."""
+    source = moved(
+        stored_source(config, folder),
+        base=base,
+        tokenizer=options.tokenizer,
+        text_encoder=options.text_encoder,
+    )
+    return replace(source, generation_only=options.generation_only)
 
 
 def start_facts(config: TrainConfig) -> dict[str, str]:

@@ -6,21 +6,21 @@ Only options that differ from both the recipe and their own default count as giv
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TypeVar
 
 from t2i.checkpoint_folders import is_checkpoint
+from t2i.data.captioned import CaptionedImages
 from t2i.errors import UserError
 from t2i.fields import given_options, leaves
-from t2i.training.config import LabelledOptions, TrainConfig
+from t2i.training.config import DataOptions, LabelledOptions, TrainConfig, Unread
 from t2i.training.open_data import holds_codes
 from t2i.training.settings import plain
+from t2i.worlds import WORLDS
 
 log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=TrainConfig)
-_Unread = Iterator[tuple[set[str], str]]
-"""Pairs of options that are not read, and the setting that is the reason."""
 
 
 def settle_options(config: C, recipe: C) -> C:
@@ -41,15 +41,21 @@ def settle_options(config: C, recipe: C) -> C:
     return config
 
 
-def _without_effect(given: list[str], values: dict, unread: _Unread) -> Iterator[str]:
+def _without_effect(given: list[str], values: dict, unread: Unread) -> Iterator[str]:
     """A message for each group of unread options of which the user gave some."""
     for names, why in unread:
         if parts := [f"{name}={values[name]}" for name in given if name in names]:
             yield f"{', '.join(parts)} has no effect with {why}"
 
 
-def _refused(config: TrainConfig, given: list[str]) -> _Unread:
+def _refused(config: TrainConfig, given: list[str]) -> Unread:
     data, of_base = config.data, {"backbone.grid", "backbone.text_encoder_dtype"}
+    if config.tuning != "lora":
+        of_adapters = {f"lora.{name}" for name in vars(config.lora)}
+        yield of_adapters, f"tuning={config.tuning}, only with --tuning lora"
+    if isinstance(data, DataOptions) and data.source.partition(":")[0] in WORLDS:
+        of_files = {f"data.{f.name}" for f in fields(CaptionedImages)} - {"data.source"}
+        yield of_files, f"data.source={data.source}, which is drawn, not read from files"
     if of_base & {*given} and is_checkpoint(config.backbone.weights):  # last: may hash files
         yield of_base, f"backbone.weights={config.backbone.weights}, which has its own"
     if isinstance(data, LabelledOptions) and any(map(holds_codes, data.source)):
@@ -58,7 +64,7 @@ def _refused(config: TrainConfig, given: list[str]) -> _Unread:
         yield {"data.crop_ranges"}, "data.views=flip (only ten-crop uses it)"
 
 
-def _warned_of(config: TrainConfig) -> _Unread:
+def _warned_of(config: TrainConfig) -> Unread:
     """Not refused, since scripts pass the same options to every recipe, including the control's."""
     if config.method.k == 1:
         of_method = {f"method.{name}" for name in vars(config.method)} - {"method.k"}
@@ -72,3 +78,4 @@ def _warned_of(config: TrainConfig) -> _Unread:
         yield {"epochs"}, f"steps={config.steps}"
     if config.log.tracker != "wandb":
         yield {"log.project"}, f"log.tracker={config.log.tracker} (only wandb uses it)"
+    yield from config.unread()

@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from t2i.data.captioned import CaptionedImages
@@ -302,26 +302,33 @@ class SidecarFolder(Source):
             return "caption without image"
 
         self.left_out = [(name_in(folder, p), reason(p)) for p in captions if p not in used]
-        own = [path for path in files if path.with_suffix("") not in pictured]
-        self.remarks = [*_other_tables(folder, own, "the .txt files next to the images")]
-        parents = {path.parent for path in images}
+        others = [path for path in files if path.with_suffix("") not in pictured]
+        self.remarks += _other_tables(folder, others, "the .txt files next to the images")
+        self.remarks += self._unread(beside)
+
+    def _unread(self, beside: Sequence[Path]) -> Iterator[str]:
+        """Remarks on what is not read, or read twice, although the user may expect otherwise.
+
+        beside: text files next to images that have no caption.
+        """
+        parents = {path.parent for path in self._images}
         if repeats := sorted(path.name for path in parents if _REPEATS.fullmatch(path.name)):
-            self.remarks.append(
+            yield (
                 f"the number in {printable(repeats[0])}/ is not read: an epoch has every image once, "
                 "not as often as the names of kohya's folders say"
             )
-        named = Counter(path.with_suffix("") for path in images)
-        twice = [path for path in images if self._texts[path] and named[path.with_suffix("")] > 1]
+        named = Counter(path.with_suffix("") for path in self._images)
+        twice = [p for p, text in self._texts.items() if text and named[p.with_suffix("")] > 1]
         if twice:
-            self.remarks.append(
+            yield (
                 f"{len(twice)} images share captions with another one of the same name, such as "
-                f"{name_in(folder, twice[0])} and {twice[1].name}: of copies in two formats keep one, "
-                "or one may be held out and the other trained on"
+                f"{name_in(self._folder, twice[0])} and {twice[1].name}: of copies in two formats "
+                "keep one, or one may be held out and the other trained on"
             )
         if beside:
-            self.remarks.append(
+            yield (
                 f"{len(beside)} text files are next to images that have no caption: "
-                f"{_not_read(folder, beside[0])}"
+                f"{_not_read(self._folder, beside[0])}"
             )
 
     def files(self) -> list[tuple[str, Path]]:
