@@ -11,8 +11,9 @@ from t2i.shapes.scenes import render, sample_scene
 from t2i.shapes.shapes_source import FINE_TUNING_SEED, parse_shapes
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
-from t2i.training.config import OptimOptions
+from t2i.training.config import DataOptions, OptimOptions, TrainConfig
 from t2i.training.logs import choose_tracker
+from t2i.training.open_data import open_data
 from t2i.tuning import LoRAConfig
 
 
@@ -38,6 +39,18 @@ def test_shapes_source_draws_the_fine_tuning_world():
         (lambda: OptimOptions(warmup_steps=-1), "warmup_steps"),
         (lambda: OptimOptions(grad_clip=0.0), "grad_clip"),
         (lambda: LoRAConfig(rank=0), "lora.rank"),
+        (
+            lambda: TrainConfig(lora=LoRAConfig(rank=64, dropout=0.1)),
+            "lora.rank=64, lora.dropout=0.1 has no effect with tuning=full",
+        ),
+        (
+            lambda: open_data(DataOptions(source="shapes:3", split="val")),
+            "data.split=val has no effect on shapes",
+        ),
+        (
+            lambda: open_data(DataOptions(source="shapes", caption_column="text")),
+            "data.caption_column=text has no effect on shapes",
+        ),
         (lambda: choose_tracker("no_such_package"), "pip install"),
     ],
 )

@@ -15,6 +15,7 @@ import tyro
 
 from t2i.data.captioned import CaptionedImages
 from t2i.errors import UserError
+from t2i.fields import given_options
 from t2i.model_options import BaseOptions
 from t2i.sampling import SamplingConfig, SamplingOverrides, check_counts, check_seed
 from t2i.tensorar.method import TensorARConfig
@@ -307,6 +308,12 @@ class TrainConfig:
         if self.train_image_layers and self.tuning == "full":
             raise UserError(
                 "train_image_layers is for tuning lora or codec: tuning full trains them anyway"
+            )
+        adapters = [f"lora.{k}={getattr(self.lora, k)}" for k in given_options(self.lora)]
+        if adapters and self.tuning != "lora":
+            raise UserError(
+                f"{', '.join(adapters)} has no effect with tuning={self.tuning}: leave it out, or "
+                "give --tuning lora"
             )
         if engine.precision == "bf16" and engine.zero_stage == 0:
             raise UserError(

@@ -1,13 +1,16 @@
 """Open a run's data, as `--data.source` names them; nothing is encoded yet."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
+from t2i.data.captioned import CaptionedImages
 from t2i.data.samples import RewrittenSource, Source
 from t2i.data.sources.classes import LabelledFolder, find_classes
 from t2i.data.sources.open_source import open_source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes, is_llamagen_folder
 from t2i.errors import UserError
+from t2i.fields import given_options
 from t2i.models.base import BackboneSpec
 from t2i.training.config import DataOptions, LabelledOptions
 from t2i.worlds import WORLDS, open_world
@@ -41,6 +44,7 @@ def open_data(options: DataOptions) -> Source:
     name = options.source.partition(":")[0]
     source: Source
     if name in WORLDS:
+        _refuse_without_effect(options, name)
         source = open_world(name).open_source(options.source)
     else:
         source = open_source(options)
@@ -49,6 +53,16 @@ def open_data(options: DataOptions) -> Source:
     # The second entry: earlier stores hold captions of which only the trigger words were read.
     identity = {"trigger": options.trigger, "only_trigger": "skipped"}
     return RewrittenSource(source, options.with_trigger, identity)
+
+
+def _refuse_without_effect(options: DataOptions, world: str) -> None:
+    """UserError for options on reading files if the source is a world, which has none."""
+    of_files = {f.name for f in fields(CaptionedImages)} - {"source"}
+    if given := [name for name in given_options(options) if name in of_files]:
+        told = ", ".join(f"data.{name}={getattr(options, name)}" for name in given)
+        raise UserError(
+            f"{told} has no effect on {world}, which is drawn, not read from files: leave it out"
+        )
 
 
 # -- classes ---------------------------------------------------------------------------------------

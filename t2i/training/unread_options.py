@@ -6,17 +6,15 @@ Only options that differ from both the recipe and their own default count as giv
 
 import logging
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from t2i.checkpoint_folders import is_checkpoint
-from t2i.data.captioned import CaptionedImages
 from t2i.errors import UserError
 from t2i.fields import given_options, leaves
-from t2i.training.config import DataOptions, LabelledOptions, TrainConfig, Unread
+from t2i.training.config import LabelledOptions, TrainConfig, Unread
 from t2i.training.open_data import holds_codes
 from t2i.training.settings import plain
-from t2i.worlds import WORLDS
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +48,6 @@ def _without_effect(given: list[str], values: dict, unread: Unread) -> Iterator[
 
 def _refused(config: TrainConfig, given: list[str]) -> Unread:
     data, of_base = config.data, {"backbone.grid", "backbone.text_encoder_dtype"}
-    if config.tuning != "lora":
-        of_adapters = {f"lora.{name}" for name in vars(config.lora)}
-        yield of_adapters, f"tuning={config.tuning}, only with --tuning lora"
-    if isinstance(data, DataOptions) and data.source.partition(":")[0] in WORLDS:
-        of_files = {f"data.{f.name}" for f in fields(CaptionedImages)} - {"data.source"}
-        yield of_files, f"data.source={data.source}, which is drawn, not read from files"
     if of_base & {*given} and is_checkpoint(config.backbone.weights):  # last: may hash files
         yield of_base, f"backbone.weights={config.backbone.weights}, which has its own"
     if isinstance(data, LabelledOptions) and any(map(holds_codes, data.source)):
