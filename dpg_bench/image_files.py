@@ -27,7 +27,7 @@ from t2i.evaluation.generation_folder import (
     sample_file,
     write_prompt,
 )
-from t2i.evaluation.runner import claim_output, look_at_names
+from t2i.evaluation.runner import check_images, claim_output
 from t2i.fields import read_object
 from t2i.files import file_sha256, write_json
 from t2i.imaging import save_png
@@ -101,7 +101,7 @@ def arrange(
         for path in folder.glob("*")
     )
     if not flat or any(folder.glob("[0-9]*/samples")):
-        processes.on_main(lambda: look_at_names(folder, entries, scope, out))
+        processes.on_main(lambda: check_images(folder, entries, scope, out))
         return lambda: folder
     form, selected = Form(scope.samples, resolution), scope.select(len(entries))
     files: Files = {}

@@ -107,21 +107,12 @@ def read_results(out: Path) -> tuple[dict, list[dict]]:
     """The content of results.json and results.jsonl.
 
     Raises:
-        UserError: the folder holds no finished results.
-    """
-    try:
-        return read_object(out / RESULTS_FILE), read_json_lines(out / ROWS_FILE)
-    except UserError as error:
-        raise UserError(f"{out} holds no finished results ({error})") from error
-
-
-def read_whole_results(out: Path) -> tuple[dict, list[dict]]:
-    """Like `read_results`; also checks that results.json has what a benchmark writes.
-
-    Raises:
         UserError: the folder holds no finished results, or they are not a benchmark's.
     """
-    results, rows = read_results(out)
+    try:
+        results, rows = read_object(out / RESULTS_FILE), read_json_lines(out / ROWS_FILE)
+    except UserError as error:
+        raise UserError(f"{out} holds no finished results ({error})") from error
     kinds = {"benchmark": str, "label": str, "decimals": int, "scores": dict, "judge": dict}
     kinds |= {"images": str, "status": str}
     wrong = [name for name, kind in kinds.items() if not isinstance(results.get(name), kind)]
@@ -213,8 +204,8 @@ def compare_folders(
     Raises:
         UserError: a folder has no results, or their benchmarks, judges or prompts differ.
     """
-    results_a, rows_a = read_whole_results(a)
-    results_b, rows_b = read_whole_results(b)
+    results_a, rows_a = read_results(a)
+    results_b, rows_b = read_results(b)
     who_a, who_b = _who(results_a), _who(results_b)
     if who_a != who_b:
         raise UserError(
