@@ -30,7 +30,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.errors import UserError
+from t2i.errors import UserError, choose_one
 from t2i.sampling import Speed, check_counts
 
 if TYPE_CHECKING:
@@ -113,17 +113,17 @@ def groups(config: SpeedBenchmark, device: "torch.device", machine: "Machine") -
         speeds = config.speeds or usual
         for shape, dtype, images in product(config.shapes, config.dtypes, config.images):
             group = timed_sampling.Group(
-                shape,
-                dtype,
-                images,
-                config.methods,
-                speeds,
-                _peers(config),
-                config.steps,
-                config.rounds,
-                config.guidance,
-                config.top_k,
-                config.llamagen,
+                shape=shape,
+                dtype=dtype,
+                images=images,
+                methods=config.methods,
+                speeds=speeds,
+                peers=_peers(config),
+                steps=config.steps,
+                rounds=config.rounds,
+                guidance=config.guidance,
+                top_k=config.top_k,
+                llamagen=config.llamagen,
             )
             work = partial(timed_sampling.measure, group, device, machine, memory=config.memory)
             yield "sampling", f"{shape}, {dtype}, {images} images", work
@@ -133,14 +133,14 @@ def groups(config: SpeedBenchmark, device: "torch.device", machine: "Machine") -
     if "training" in config.what:
         for shape, dtype in product(config.shapes, config.dtypes):
             steps = timed_training.TrainingGroup(
-                shape,
-                dtype,
-                config.batch,
-                config.methods,
-                config.naive,
-                config.recompute,
-                config.rounds,
-                config.compiled,
+                shape=shape,
+                dtype=dtype,
+                batch=config.batch,
+                methods=config.methods,
+                naive=config.naive,
+                recompute=config.recompute,
+                rounds=config.rounds,
+                compiled=config.compiled,
             )
             work = partial(timed_training.measure, steps, device, machine, memory=config.memory)
             yield "training", f"{shape}, {dtype}, batch {config.batch}", work
@@ -163,7 +163,7 @@ def _peers(config: SpeedBenchmark) -> tuple[str, ...]:
         return tuple(n for n in PEERS if config.llamagen is not None or "llamagen" not in n)
     for name in config.peers:
         if name not in PEERS:
-            raise UserError(f"peer {name!r} must be one of {', '.join(PEERS)}, or all")
+            raise UserError(f"unknown peer {name!r}; {choose_one(name, (*PEERS, 'all'))}")
         if name.startswith("llamagen") and config.llamagen is None:
             raise UserError(
                 f"peer {name} needs --llamagen DIR, a checkout of LlamaGen's repository"

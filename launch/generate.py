@@ -59,11 +59,11 @@ def main() -> None:
 
     entries = read_prompts(config.prompt, config.prompt_file)
     device, dtype = config.check()
-    with ExitStack() as held:
-        from t2i.evaluation import draw
-        from t2i.generation import all_jobs
-        from t2i.training.trigger_words import remind_of_trigger
+    from t2i.evaluation import draw
+    from t2i.generation import all_jobs
+    from t2i.training.trigger_words import remind_of_trigger
 
+    with ExitStack() as held:
         if config.out is None:
             writable_folder(_OUTPUTS)
         else:

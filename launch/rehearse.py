@@ -24,7 +24,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.errors import UserError, shorten
+from t2i.errors import UserError, choose_one, shorten
 from t2i.models.families import FAMILIES
 from t2i.rehearsal.layout import JUDGES, Written, module_of
 
@@ -102,10 +102,10 @@ def main() -> None:
     config = cli.parse(Rehearsal, __doc__)
     module = import_module(module_of(config.model))
     if config.size not in module.SIZES:
-        sizes = ", ".join(module.SIZES)
-        raise UserError(f"{config.model} has no size {config.size}; choose one of {sizes}")
+        others = choose_one(config.size, module.SIZES)
+        raise UserError(f"{config.model} has no size {config.size}; {others}")
     if unknown := [name for name in config.stages if name not in STAGES]:
-        raise UserError(f"no stage {unknown[0]}; choose from {', '.join(STAGES)}")
+        raise UserError(f"no stage {unknown[0]}; {choose_one(unknown[0], STAGES)}")
     from t2i.files import owning
 
     with owning(config.folder, "rehearsal folder"):

@@ -319,8 +319,10 @@ def test_bad_options_are_refused(tmp_path, capsys):
     def message(*words):
         return refused(benchmark, capsys, *words)
 
-    assert "shape 'llamagen-Z' must be one of" in message("--shapes", "llamagen-Z")
-    assert "peer 'vllm' must be one of" in message("--peers", "vllm")
+    assert "unknown shape 'llamagen-Z'; perhaps you meant llamagen-" in message(
+        "--shapes", "llamagen-Z"
+    )
+    assert "unknown peer 'vllm'; choose one of no-cache, " in message("--peers", "vllm")
     assert "needs --llamagen DIR" in message("--peers", "llamagen")
     assert "unknown preset 'iclr2025'" in message("--methods", "iclr2025")
     assert "rounds=0 must be at least 1" in message("--rounds", "0")

@@ -215,7 +215,9 @@ def test_faults_of_a_folder_are_named(images, tmp_path, name, how, messages):
 
 
 def test_too_few_samples_of_every_prompt_suggest_the_option(images, tmp_path):
-    with pytest.raises(ValueError, match="if 2 a prompt is meant, give --samples 2; else add them"):
+    with pytest.raises(
+        ValueError, match="if you meant 2 per prompt, give --samples 2; else add them"
+    ):
         evaluate(Bright(), tmp_path / "out", images=images, scope=replace(SCOPE, samples=4))
     (images / "00001/samples/00001.png").unlink()
     with pytest.raises(ValueError, match="and 3 more; add them"):

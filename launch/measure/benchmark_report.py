@@ -100,7 +100,7 @@ def markdown(results: dict) -> str:
 
 def _table(rows: list[dict]) -> str:
     columns = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
-    head = f"| {' | '.join(_COLUMNS[key][0] for key in columns)} |"
+    head = [_COLUMNS[key][0] for key in columns]
     return markdown_table(head, [[_cell(row, key) for key in columns] for row in rows])
 
 

@@ -258,7 +258,7 @@ class Inventory:
             )
         if self.missing and not allow_missing:
             counts = {len(images) for images in self.found.values()}
-            fewer = f"if {min(counts)} a prompt is meant, give --samples {min(counts)}; else "
+            fewer = f"if you meant {min(counts)} per prompt, give --samples {min(counts)}; else "
             raise UserError(
                 f"{self.folder}: {len(self.missing)} of {self.expected} images are missing: "
                 f"{shorten(self.missing)}{self._unread_note()}; {fewer if len(counts) == 1 else ''}"

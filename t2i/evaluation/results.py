@@ -134,7 +134,7 @@ def table(results: dict) -> str:
 def score_table(scores: Sequence[Score], title: str, digits: int) -> str:
     """A markdown table headed `title`: one line per name, columns for each way of counting."""
     ways, rows = by_way(scores)
-    columns = "".join(f" {way or 'mean'} | ± | images | prompts |" for way in ways)
+    head = [title, *(c for way in ways for c in (way or "mean", "±", "images", "prompts"))]
     lines = []
     for name, of_ways in rows.items():
         bold = "**" if any(score.headline for score in of_ways.values()) else ""
@@ -148,7 +148,7 @@ def score_table(scores: Sequence[Score], title: str, digits: int) -> str:
             cells += [f"{bold}{score.mean:.{digits}f}{bold}", error]
             cells += [str(score.images), str(score.prompts)]
         lines.append(cells)
-    return markdown_table(f"| {title} |{columns}", lines)
+    return markdown_table(head, lines)
 
 
 def notebook_table(scores: Sequence[Score], title: str, digits: int) -> str:
@@ -158,10 +158,10 @@ def notebook_table(scores: Sequence[Score], title: str, digits: int) -> str:
     return score_table(shown, title, digits)
 
 
-def markdown_table(head: str, rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table; `head` holds the column names between bars."""
-    lines = [head, "|" + "---|" * (head.count("|") - 1)]
-    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A markdown table with these column names."""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def by_way(scores: Sequence[Score]) -> tuple[list[str], dict[str, dict[str, Score]]]:
@@ -228,7 +228,6 @@ def compare_folders(
     versions = [results["judge"].get("versions") for results in (results_a, results_b)]
     if versions[0] != versions[1]:
         notes.append(f"judged with different versions: {versions[0]} and {versions[1]}\n")
-    head = f"{results_a['benchmark']}: {results_a['label']}"
     lines = []
     shown = {"overall": overall, **by_group} if mean_of_groups else by_group
     for name, difference in shown.items():
@@ -238,8 +237,9 @@ def compare_folders(
         f"A: {a}\nB: {b}\n± and interval: paired bootstrap over prompts; "
         "* if the interval excludes 0."
     )
-    columns = f"| {head} | A | B | B - A | ± | 95 % interval | prompts |"
-    return "\n".join([f"{legend}\n", *notes, markdown_table(columns, lines)])
+    title = f"{results_a['benchmark']}: {results_a['label']}"
+    head = (title, "A", "B", "B - A", "±", "95 % interval", "prompts")
+    return "\n".join([f"{legend}\n", *notes, markdown_table(head, lines)])
 
 
 def _who(results: dict) -> dict:
