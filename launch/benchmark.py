@@ -184,9 +184,10 @@ def main() -> None:
         presets.method(name)
     _peers(config)
     device, _ = pick_device(config.device)
-    stem = None if config.out is None else config.out.with_suffix("")
+    stem = config.out
     if stem is not None:
-        writable_file(stem.with_suffix(".json"))
+        stem = stem.with_suffix("") if stem.suffix in (".json", ".md", ".svg") else stem
+        writable_file(f"{stem}.json")
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -214,11 +215,10 @@ def main() -> None:
         except torch.OutOfMemoryError as error:
             found = [{"contender": what, "error": f"out of memory: {str(error)[:100]}"}]
         _add(results["rows"], kind, found)
-        results["machine"] = asdict(machine)
         if stem is not None:
             benchmark_report.write(results, stem)
     print(benchmark_report.markdown(results))
-    if stem is not None and not benchmark_report.plot(results, stem.with_suffix(".svg")):
+    if stem is not None and not benchmark_report.plot(results, Path(f"{stem}.svg")):
         log.info("no plot: matplotlib is not installed")
 
 

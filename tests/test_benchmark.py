@@ -340,6 +340,6 @@ def test_a_group_that_does_not_fit_into_memory_is_a_row(tmp_path, monkeypatch):
 
     monkeypatch.setattr(timed_sampling, "measure", full)
     words = ("sampling", "--shapes", "tiny-class", "--bandwidth", "1", "--tflops", "1")
-    program(benchmark, *words, "--out", tmp_path / "mine")
-    (row,) = json.loads((tmp_path / "mine.json").read_text())["rows"]["sampling"]
+    program(benchmark, *words, "--out", tmp_path / "v1.0")
+    (row,) = json.loads((tmp_path / "v1.0.json").read_text())["rows"]["sampling"]
     assert "tiny-class" in row["contender"] and "out of memory" in row["error"]

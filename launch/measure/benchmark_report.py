@@ -116,8 +116,8 @@ def _cell(row: dict, key: str) -> str:
 
 def write(results: dict, stem: Path) -> None:
     """Write STEM.json and STEM.md."""
-    write_json(stem.with_suffix(".json"), results)
-    write_text(stem.with_suffix(".md"), markdown(results))
+    write_json(f"{stem}.json", results)
+    write_text(f"{stem}.md", markdown(results))
 
 
 # -- the plot --------------------------------------------------------------------------------------
