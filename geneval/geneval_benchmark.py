@@ -27,8 +27,8 @@ from t2i.charts import TINTS
 from t2i.errors import UserError, nearest_path
 from t2i.evaluation.bootstrap import mean_over_prompts
 from t2i.evaluation.gallery import Box, Card
-from t2i.evaluation.generation_folder import read_prompts
 from t2i.evaluation.judging import Judged
+from t2i.evaluation.prompt_files import read_prompts
 from t2i.evaluation.results import Score
 from t2i.worlds import WORLDS, open_world
 

@@ -284,7 +284,7 @@ def _prompts(
 
 def _typed(config: AnalyzeConfig) -> list[str]:
     """The prompts given on the command line, if any."""
-    from t2i.evaluation.generation_folder import read_prompts
+    from t2i.evaluation.prompt_files import read_prompts
 
     if not config.prompt and config.prompt_file is None:
         return []

@@ -54,7 +54,8 @@ class GenerateConfig(DrawingModelOptions):
 
 def main() -> None:
     config = cli.parse(GenerateConfig, __doc__, main=_MAIN)
-    from t2i.evaluation.generation_folder import read_prompts, write_sheets
+    from t2i.evaluation.generation_folder import write_sheets
+    from t2i.evaluation.prompt_files import read_prompts
     from t2i.files import owning, remove_leftovers, writable_folder
 
     entries = read_prompts(config.prompt, config.prompt_file)

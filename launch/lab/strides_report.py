@@ -81,8 +81,8 @@ def gain(way: DrawnWay, every: Sequence[DrawnWay]) -> Estimate | None:
 
 
 def table(every: Sequence[DrawnWay]) -> str:
-    head = ("base", "arm", "stride", "seeds", "calls per code", "with speculation", "score")
-    head += ("against code by code", "losses of slots")
+    head = ["base", "arm", "stride", "seeds", "calls per code", "with speculation", "score"]
+    head += ["against code by code", "losses of slots"]
     rows = []
     for one in every:
         gained, speculating = gain(one, every), one.mean("speculating_calls_per_code")
