@@ -14,13 +14,7 @@ from PIL import Image, ImageColor
 
 from geneval.detector import Detections, Detector
 from geneval.prompts import official_prompts
-from geneval.rules import (
-    RuleOptions,
-    Verdict,
-    check_entries,
-    check_schema,
-    judge_detected,
-)
+from geneval.rules import RuleOptions, Verdict, check_entries, check_schema, judge_detected
 from geneval.summary import by_prompt, result_row, summarize
 from t2i import __version__
 from t2i.charts import TINTS

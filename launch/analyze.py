@@ -115,9 +115,7 @@ def main() -> None:
 
 
 def examine(
-    config: AnalyzeConfig,
-    options: "dict[str, DrawingModelOptions]",
-    models: "dict[str, TensorAR]",
+    config: AnalyzeConfig, options: "dict[str, DrawingModelOptions]", models: "dict[str, TensorAR]"
 ) -> "tuple[dict, list[Drawn]]":
     """All numbers of the page, and the images that the model drew for them."""
     from launch.measure.cost import FORMULAS, cost_of

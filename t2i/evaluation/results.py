@@ -160,8 +160,9 @@ def notebook_table(scores: Sequence[Score], title: str, digits: int) -> str:
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A markdown table with these column names."""
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+    texts = ([str(cell).replace("|", "\\|") for cell in cells] for cells in (head, *rows))
+    first, *others = (f"| {' | '.join(cells)} |" for cells in texts)
+    return "\n".join([first, "|" + "---|" * len(head), *others])
 
 
 def by_way(scores: Sequence[Score]) -> tuple[list[str], dict[str, dict[str, Score]]]:

@@ -24,11 +24,7 @@ from t2i.errors import UserError, shorten
 from t2i.evaluation.draw import check_prompts, draw_prompts, prompts_digest
 from t2i.evaluation.evaluation_options import BenchmarkOptions, Scope
 from t2i.evaluation.gallery import Card, Exhibit, write_gallery
-from t2i.evaluation.generation_folder import (
-    Inventory,
-    read_generation,
-    take_inventory,
-)
+from t2i.evaluation.generation_folder import Inventory, read_generation, take_inventory
 from t2i.evaluation.judging import Judge, Verdicts, collect, judge_images
 from t2i.evaluation.results import (
     RESULTS_FILE,

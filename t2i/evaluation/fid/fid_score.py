@@ -76,11 +76,7 @@ class MeasuredSet(NamedTuple):
 
 
 def measure(
-    path: str | Path,
-    network: Inception,
-    *,
-    batch_size: int,
-    description: str,
+    path: str | Path, network: Inception, *, batch_size: int, description: str
 ) -> MeasuredSet:
     """Features and statistics of an .npz file or a folder of images, on the network's device.
 
