@@ -173,7 +173,7 @@ def _peers(config: SpeedBenchmark) -> tuple[str, ...]:
 
 def main() -> None:
     config = cli.parse(SpeedBenchmark, __doc__)
-    from launch.measure import benchmark_report, roofline, timed_sampling
+    from launch.measure import benchmark_report, roofline, scaling, timed_sampling
     from launch.measure.shapes import check_shapes
     from t2i.files import writable_file
     from t2i.loading import pick_device
@@ -214,20 +214,15 @@ def main() -> None:
             found = work()
         except torch.OutOfMemoryError as error:
             found = [{"contender": what, "error": f"out of memory: {str(error)[:100]}"}]
-        _add(results["rows"], kind, found)
+        rows = results["rows"].setdefault(kind, [])
+        rows += found
+        if kind == "scaling":
+            results["rows"]["fits"] = scaling.fits(rows)
         if stem is not None:
             benchmark_report.write(results, stem)
     print(benchmark_report.markdown(results))
     if stem is not None and not benchmark_report.plot(results, Path(f"{stem}.svg")):
         log.info("no plot: matplotlib is not installed")
-
-
-def _add(rows: dict[str, list[dict]], kind: str, found: list[dict] | tuple) -> None:
-    """Add new rows to those of their kind; scaling also returns fits."""
-    if isinstance(found, tuple):
-        found, fits = found
-        rows.setdefault("fits", []).extend(fits)
-    rows.setdefault(kind, []).extend(found)
 
 
 if __name__ == "__main__":

@@ -83,10 +83,9 @@ class LongGrid:
             check_seed(seed)
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise UserError(f"seeds={self.seeds}: give at least one seed, and none of them twice")
-        if min(self.workers, self.minutes) < 0:
-            raise UserError(
-                f"workers={self.workers} and minutes={self.minutes} must not be negative"
-            )
+        for name in ("workers", "minutes"):
+            if (given := getattr(self, name)) < 0:
+                raise UserError(f"{name}={given} must not be negative")
 
     def trained(self) -> list:
         """The settings that a trained model depends on, besides base, arm and seed."""
