@@ -128,8 +128,8 @@ def groups(config: SpeedBenchmark, device: "torch.device", machine: "Machine") -
             work = partial(timed_sampling.measure, group, device, machine, memory=config.memory)
             yield "sampling", f"{shape}, {dtype}, {images} images", work
         for shape, images in product(config.shapes, config.images if config.decode else ()):
-            row = partial(timed_sampling.decode_row, shape, images, device, config.rounds)
-            yield "decoding", f"{shape}, {images} images", lambda row=row: [row()]
+            work = partial(timed_sampling.measure_decoding, shape, images, device, config.rounds)
+            yield "decoding", f"{shape}, {images} images", work
     if "training" in config.what:
         for shape, dtype in product(config.shapes, config.dtypes):
             steps = timed_training.TrainingGroup(
@@ -146,12 +146,9 @@ def groups(config: SpeedBenchmark, device: "torch.device", machine: "Machine") -
             yield "training", f"{shape}, {dtype}, batch {config.batch}", work
     if "scaling" in config.what:
         for name, points in scaling.points(scaling.Point()).items():
-            rounds = min(config.rounds, 3)
-            yield (
-                "scaling",
-                f"cost as {name} grows",
-                partial(scaling.measure, name, points, device, rounds=rounds, memory=config.memory),
-            )
+            rounds, memory = min(config.rounds, 3), config.memory
+            work = partial(scaling.measure, name, points, device, rounds=rounds, memory=memory)
+            yield "scaling", f"cost as {name} grows", work
 
 
 def _peers(config: SpeedBenchmark) -> tuple[str, ...]:

@@ -168,11 +168,11 @@ def _draw_for_memory(group: Group, device: str) -> None:
     in_turns(opened.contenders, replace(schedule, rounds=1, steps=min(4, schedule.image)))
 
 
-def decode_row(shape: str, images: int, device: torch.device, rounds: int = 5) -> dict:
-    """Time of decoding codes to pixels alone; in fp32, as always."""
+def measure_decoding(shape: str, images: int, device: torch.device, rounds: int) -> list[dict]:
+    """One row: the time of decoding codes to pixels alone; in fp32, as always."""
     backbone = open_backbone(shape, torch.float32, device, tokenizer=True)
     work = torch.no_grad()(partial(backbone.decode_images, random_codes(backbone, images)))
     work()
     _, middle, _ = quartiles([seconds(work, device) for _ in range(rounds)])
     about = {"shape": shape, "dtype": "fp32", "images": images, "contender": "codes to pixels"}
-    return {**about, "ms_per_image": 1e3 * middle / images}
+    return [about | {"ms_per_image": 1e3 * middle / images}]
