@@ -1,5 +1,6 @@
 """How fast codes are drawn, by presets at several speeds and by peers, taking turns."""
 
+import logging
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -26,6 +27,8 @@ from t2i.generation import choose_run
 from t2i.sampling import DrawOptions, SamplingConfig, Speed
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -88,6 +91,8 @@ class OpenGroup:
         for name in group.peers:
             if (peer := open_peer(name, self.task)) is not None:
                 self.contenders[name] = peer
+            else:
+                log.info("%s: there is no %s for this shape", group.shape, name)
 
     def _add(self, method: str, speed: Speed) -> None:
         name = f"{method} {speed}"
