@@ -130,18 +130,18 @@ def examine(
     kept: list[Drawn] = []
     known = {who: of_known(one, batches) for who, one in models.items()}
     for who, one in models.items():
-        drawing = options[who].drawing(one, among_others=True)
-        assert drawing.sampling is not None, "settled by the options"
-        if drawing.sampling.renoise:
+        drawing = replace(options[who].drawing(one, among_others=True), stages=who == "model")
+        sampling, samples = drawing.sampling, config.samples
+        assert sampling is not None, "settled by the options"
+        if sampling.renoise:
             raise UserError(_NO_RENOISE)
-        drawing, samples = replace(drawing, stages=who == "model"), config.samples
         drawn = list(draw_images(one, prompts, drawing, samples_per_prompt=samples))
         kept = kept or drawn
         facts[who] = {
             "about": options[who].name(),
             **options[who].about(one),
-            "sampling": asdict(drawing.sampling),
-            "drawn": of_drawn(one, drawn, drawing.sampling, config.batch_size),
+            "sampling": asdict(sampling),
+            "drawn": of_drawn(one, drawn, sampling, config.batch_size),
             "known": known_means(known[who]),
         }
     if "stages" not in facts["model"]["drawn"]:
