@@ -202,13 +202,19 @@ def _unlike(
 def _held_out(
     config: AnalyzeConfig, options: DrawingModelOptions, model: "TensorAR", missing: list[str]
 ) -> "tuple[TrainingData | None, list[Batch]]":
-    """The run's held-out images; if they cannot be had, adds the reason to `missing`."""
+    """The run's held-out images; if they cannot be had, adds the reason to `missing`.
+
+    Raises:
+        UserError: they are not in the data given as --data.
+    """
     if config.held_out == 0:
         missing.append("loss and entropy of held-out images: --held-out 0")
         return None, []
     try:
         data = _run_data(config, options, model)
     except UserError as error:
+        if config.data is not None:
+            raise
         missing.append(f"loss and entropy of held-out images: {error}")
         return None, []
     data.validation = data.validation[: config.held_out]

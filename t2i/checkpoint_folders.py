@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from t2i.errors import UserError, nearest_path
+from t2i.errors import UserError, nearest_path, no_folder
 from t2i.fields import read_object
 from t2i.files import reading
 from t2i.manifest import MANIFEST, DamagedError, check_files
@@ -45,7 +45,7 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
         hint = nearest_path(folder)
         if str(folder) in shipped_bases():
             hint = "; that is a shipped base, but a trained model is needed here"
-        raise UserError(f"checkpoint folder {folder} does not exist (or is a file){hint}")
+        raise UserError(f"checkpoint folder {folder} {no_folder(folder)}{hint}")
     with reading(folder):
         check_files(folder, with_state=with_state, contents=contents)
     path = folder / "config.json"

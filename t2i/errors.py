@@ -46,6 +46,11 @@ def nearest_path(path: str | Path) -> str:
     return f"; perhaps you meant {meant if meant.exists() else there / found[0]}"
 
 
+def no_folder(path: str | Path) -> str:
+    """What is wrong with a path that should be a folder and is not."""
+    return "is a file, not a folder" if os.path.exists(path) else "does not exist"
+
+
 def shorten(names: Sequence[str], separator: str = ", ", most: int = 6) -> str:
     """The first few of many names, and how many more there are."""
     more = f"{separator}and {len(names) - most} more" if len(names) > most else ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from t2i import __version__
-from t2i.errors import UserError, nearest_path
+from t2i.errors import UserError, nearest_path, no_folder
 from t2i.fields import given_options
 from t2i.files import namesake
 from t2i.models.families import FamilyName
@@ -115,7 +115,7 @@ class ModelOptions:
         folder = Path(self.source)
         if self.ckpt is not None and not folder.is_dir() and self.ckpt not in shipped_bases():
             raise UserError(
-                f"checkpoint folder {self.ckpt} does not exist, and no shipped base has this name "
+                f"checkpoint folder {self.ckpt} {no_folder(folder)}, and no shipped base has this name "
                 f"(those are {', '.join(shipped_bases())}); give a published base as "
                 f"--base.weights{nearest_path(folder)}"
             )

@@ -38,8 +38,8 @@ def words(images, metadata):
     return ["good"] * len(images)
 
 
-def column(images, metadata):
-    return np.ones((len(images), 1))
+def pairs(images, metadata):
+    return np.ones((len(images), 2))
 
 
 def constant(images, metadata):

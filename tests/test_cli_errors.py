@@ -376,6 +376,8 @@ def test_bad_checkpoints_are_refused(generate_fails, plain, tiny_world, tmp_path
         return generate_fails("--prompt", "a circle", "--ckpt", folder)
 
     assert f"checkpoint folder {tmp_path / 'none'} does not exist" in message(tmp_path / "none")
+    (tmp_path / "file").touch()
+    assert f"{tmp_path / 'file'} is a file, not a folder" in message(tmp_path / "file")
     run = plain.parents[1]
     assert f"perhaps you meant {plain}" in message(run / "checkpionts" / plain.name)
     for above in (run.parent, plain.parent):

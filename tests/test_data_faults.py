@@ -203,8 +203,12 @@ def test_an_image_beside_splits(tmp_path):
         UserError, match=r"not used as splits, since cover\.png .*; give .*/test without"
     ):
         open_source(tmp_path, split="test")
-    with pytest.raises(UserError, match="has no sub-folder for the split 'val'"):
+    with pytest.raises(UserError, match=r"has no sub-folder for the split 'val'$"):
         open_source(tmp_path, split="val")
+    for split in ("train", "test"):
+        write_images(tmp_path / "named" / f"{split}_images", 2)
+    with pytest.raises(UserError, match=r"the split 'testing'; give .*/test_images without"):
+        open_source(tmp_path / "named", split="testing")
 
 
 def test_metadata_that_is_not_read_is_named(tmp_path):

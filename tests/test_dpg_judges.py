@@ -33,8 +33,7 @@ def blip_folder(tmp_path_factory):
     )
 
     folder = tmp_path_factory.mktemp("blip")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "words.txt").write_text("\n".join(words))
+    words = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
     size = {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -48,7 +47,7 @@ def blip_folder(tmp_path_factory):
     config = BlipConfig(text_config=text, vision_config=size | {"image_size": 32, "patch_size": 8})
     BlipForQuestionAnswering(config).save_pretrained(folder)
     pixels = BlipImageProcessor(size={"height": 32, "width": 32})
-    BlipProcessor(pixels, BertTokenizer(str(folder / "words.txt"))).save_pretrained(folder)
+    BlipProcessor(pixels, BertTokenizer(vocab=words)).save_pretrained(folder)
     return folder
 
 

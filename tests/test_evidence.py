@@ -196,9 +196,6 @@ def test_missing_parts_are_listed_with_reasons(shapes_ckpt, tiny_world, plain, t
     assert printed.err.count("missing: ") == 2 and "look at" in printed.out
     assert "<b>" not in (tmp_path / "a" / "index.html").read_text()
     write_dataset(tmp_path / "other", 12, size=32)
-    program(run, "--ckpt", plain, *few, "--data", tmp_path / "other")
-    said = read_json(tmp_path / "a" / "evidence.json")["missing"]
-    assert any("has changed since the run" in line for line in said)
 
 
 def test_bad_options_are_refused(refusal, plain, tmp_path, monkeypatch):
@@ -209,6 +206,10 @@ def test_bad_options_are_refused(refusal, plain, tmp_path, monkeypatch):
     words = "the family llamagen and the control of janus"  # a traceback, with held-out images
     assert words in refusal(*other, "--held-out", "0", "--out", tmp_path / "b")
     assert "no prompts" in refusal("--ckpt", "shapes", "--held-out", "0")
+    write_dataset(tmp_path / "other", 12, size=32)
+    data = ("--ckpt", plain, "--prompt", "x", "--out", tmp_path / "c", "--data")
+    assert "has changed since the run" in refusal(*data, tmp_path / "other")
+    assert "gone does not exist" in refusal(*data, tmp_path / "gone")
     with monkeypatch.context() as patch:  # before a model is loaded
         patch.setattr(DrawingModelOptions, "load", None)
         assert "--renoise 0" in refusal(*few, "--renoise", "0.5")

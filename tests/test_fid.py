@@ -437,12 +437,14 @@ def test_the_program(tmp_path, network, monkeypatch, capsys):
     assert found["samples"]["images"] == found["reference"]["images"] == found["n"] == 4
     printed = capsys.readouterr().out
     (tmp_path / "notes.json").write_text("{}")
+    (tmp_path / "text.npz").write_bytes(b"PK\x03\x04\xff")  # used to be reported as damaged
     for more, message in (
         (
             ("--reference", "samples"),
             f"holds the scores of {tmp_path}/samples against {tmp_path}/ref",
         ),
-        (("--out", "notes.json"), "notes.json holds no scores of this; give another --out"),
+        (("--out", "notes.json"), "notes.json holds something else than scores; give another"),
+        (("--out", "text.npz"), "text.npz holds something else than scores; give another"),
     ):
         with pytest.raises(SystemExit):
             run("--allow-fewer", "--out", "here/results.json", *more)

@@ -134,7 +134,7 @@ def panel_of(function: str, **changes) -> Panel:
         ("hangs", r"hangs did not answer within 0\.2 seconds .* 2 images; prompt 'a photo"),
         ("nan", r"nan gave nan; prompt 'a photo of a circle left"),
         ("one_too_few", r"one_too_few gave 1 numbers for 2 images; prompt"),
-        ("column", r"column gave array\(\[\[1\.\], \[1\.\]\]\) instead of a number per image"),
+        ("pairs", r"pairs gave array\(\[\[1\., 1\.\], \[1\., 1\.\]\]\) instead of a number"),
         ("words", r"words gave \['good', 'good'\] instead of a number per image"),
     ],
 )
@@ -142,6 +142,13 @@ def test_a_bad_reward_is_named_with_a_prompt(function, words):
     panel = panel_of(function, seconds=0.2 if function == "hangs" else 30.0)
     with pytest.raises(RewardError, match=words):
         panel.judge_all([RIGHT, WRONG], [position("circle", "left of", "square")] * 2)
+
+
+@pytest.mark.parametrize("column", [np.ones((2, 1)), torch.ones(2, 1), [np.float32(1)] * 2])
+def test_arrays_of_one_element_are_numbers(column):
+    """Whether they were depended on the library that made them, and on its version."""
+    panel = Panel({"column": lambda *_: column}, {"column": 1.0}, seconds=30.0, constant=3)
+    assert panel.judge("column", [Image.new("RGB", (8, 8))] * 2, [{"prompt": "x"}] * 2) == [1.0] * 2
 
 
 def test_a_reward_that_changes_what_it_is_given():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import tyro
 
 from t2i import cli
-from t2i.errors import UserError
+from t2i.errors import UserError, no_folder
 from t2i.model_options import DrawingModelOptions
 from t2i.sampling import check_counts
 
@@ -86,8 +86,10 @@ class BenchmarkOptions(DrawingModelOptions):
             return super().check()
         from t2i.loading import pick_device
 
-        if not self.images.exists():
-            raise UserError(f"{self.images} does not exist; --images must be a folder of images")
+        if not self.images.is_dir():
+            raise UserError(
+                f"{self.images} {no_folder(self.images)}; --images must be a folder of images"
+            )
         return pick_device(self.device, self.dtype)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from t2i.errors import UserError, shorten
+from t2i.errors import UserError, no_folder, shorten
 from t2i.files import read_json, saving, write_text
 from t2i.imaging import grid, save_png, upright_rgb
 from t2i.lfs import refuse_pointers
@@ -224,7 +224,7 @@ def take_inventory(
         UserError: the folder does not exist.
     """
     if not folder.is_dir():
-        raise UserError(f"image folder {folder} does not exist (or is a file)")
+        raise UserError(f"image folder {folder} {no_folder(folder)}")
     inventory = Inventory(folder, len(selected) * samples)
     folders = inventory.numbered(folder, r"(\d+)", Path.is_dir)
     for index in sorted(folders):

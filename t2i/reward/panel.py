@@ -75,8 +75,9 @@ class Panel:
         given = self._ask(name, images, entries)
         about = _example(entries)
         try:
-            values = [float(value) for value in given]
-        except (TypeError, ValueError) as error:
+            # An array of one element is a number; libraries disagree about float() of it.
+            values = [float(v.item() if hasattr(v, "item") else v) for v in given]
+        except (TypeError, ValueError, RuntimeError) as error:
             told = " ".join(repr(given).split())  # an array's has several lines
             raise RewardError(
                 f"reward {name} gave {told:.80} instead of a number per image ({error}){about}"

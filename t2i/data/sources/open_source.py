@@ -195,7 +195,10 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
             f"{where / of_split[0]} without a split to use it alone"
         )
     if split != "train":
-        raise UserError(f"{where} has no sub-folder for the split {split!r}")
+        meant = next(iter(_mentioned_splits(where, data, split)), "")
+        fits = meant and same_split(mentions_split(Path(meant).name) or "", split)
+        near = f"; give {where / meant} without a split to use it alone" if fits else ""
+        raise UserError(f"{where} has no sub-folder for the split {split!r}{near}")
     found = _Found(folder, files, left_out)
     named = [name for name in sorted(parts) if split_of_folder(name)]
     if not named and (named := _mentioned_splits(where, data, split)) and own is None:

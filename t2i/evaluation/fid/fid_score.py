@@ -21,6 +21,7 @@ results hold both scores.
 
 import hashlib
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -286,11 +287,17 @@ def refuse_other_scores(out: Path, samples: Path, reference: Path) -> None:
     """UserError if a file to be written holds anything but scores of the same two sets."""
     if not out.exists():
         return
-    before = read_json(out)
+    before = None
+    with suppress(UserError):  # not JSON, such as the samples themselves
+        before = read_json(out)
     parts = [before.get(name) if isinstance(before, dict) else None for name in _SETS]
     there = [str(part.get("path") or "") if isinstance(part, dict) else "" for part in parts]
     if not all(there) or [*map(absolute, there)] != [absolute(samples), absolute(reference)]:
-        what = f"the scores of {there[0]} against {there[1]}" if all(there) else "no scores of this"
+        what = (
+            f"the scores of {there[0]} against {there[1]}"
+            if all(there)
+            else "something else than scores"
+        )
         raise UserError(f"{out} holds {what}; give another --out, or delete it")
 
 
