@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from PIL import Image
 
 from dpg_bench.questions import Question
-from t2i.errors import UserError
+from t2i.errors import UserError, choose_one
 from t2i.imaging import upright_rgb
 from t2i.published import fetch_folder
 from t2i.worlds import open_world
@@ -75,7 +75,7 @@ def load_answerer(
         UserError: the name is unknown, or the weights cannot be found, fetched or loaded.
     """
     if name not in DEFAULT_WEIGHTS:
-        raise UserError(f"unknown judge {name!r}; choose one of {', '.join(DEFAULT_WEIGHTS)}")
+        raise UserError(f"unknown judge {name!r}; {choose_one(name, DEFAULT_WEIGHTS)}")
     if name == "shapes":
         if weights is not None:
             raise UserError("the shapes judge is an exact detector and takes no weights")

@@ -104,9 +104,9 @@ class DPGBench:
 
     def card(self, row: dict) -> Card | None:
         """The failed questions with their answers and parents; None if all passed."""
-        failed = [q for q in row["questions"] if not q["passed"]]
         if row[CORRECTED] in (1, None):
             return None
+        failed = [q for q in row["questions"] if not q["passed"]]
         by_id = {q["proposition"]: q for q in row["questions"]}
         total = len(row["questions"])
         note = f"{row['item_id']}: {total - len(failed)} of {total} questions passed"

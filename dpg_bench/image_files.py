@@ -27,7 +27,7 @@ from t2i.evaluation.generation_folder import (
     sample_file,
     write_prompt,
 )
-from t2i.evaluation.runner import claim_output, look_at_names
+from t2i.evaluation.runner import check_images, claim_output
 from t2i.fields import read_object
 from t2i.files import file_sha256, write_json
 from t2i.imaging import save_png
@@ -94,14 +94,8 @@ def arrange(
         UserError: files are missing or ambiguous; when copying, also if files are unreadable or
             have the wrong size.
     """
-    items = {entry["item_id"] for entry in entries}
-    # An item's image in another format counts as flat, too: the checks below explain what is read.
-    flat = folder.is_dir() and any(
-        path.suffix == ".png" or (path.stem in items and path.is_file())
-        for path in folder.glob("*")
-    )
-    if not flat or any(folder.glob("[0-9]*/samples")):
-        processes.on_main(lambda: look_at_names(folder, entries, scope, out))
+    if not _is_flat(folder, entries):
+        processes.on_main(lambda: check_images(folder, entries, scope, out))
         return lambda: folder
     form, selected = Form(scope.samples, resolution), scope.select(len(entries))
     files: Files = {}
@@ -129,6 +123,15 @@ def arrange(
 
     processes.on_main(look)
     return copied
+
+
+def _is_flat(folder: Path, entries: Sequence[dict]) -> bool:
+    """Whether images lie in the folder itself. An item's image in another format counts, too: the
+    checks that follow say what is read.
+    """
+    items = {entry["item_id"] for entry in entries}
+    images = any(p.suffix == ".png" or (p.stem in items and p.is_file()) for p in folder.glob("*"))
+    return images and not any(folder.glob("[0-9]*/samples"))
 
 
 def _find(folder: Path, entries: Sequence[dict]) -> Files:

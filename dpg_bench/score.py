@@ -246,8 +246,8 @@ def _mean(name: str, values: Mapping[str, Sequence[float]], images: int, seed: i
     """Mean over all values of all items; the bootstrap resamples items."""
     if not values:
         return Mean(None, None, 0, 0, 0)
-    found, means_R = mean_over_prompts(list(values.values()), name, seed=seed)
-    stderr = float(100 * means_R.std(ddof=1)) if found.prompts > 1 else None
+    found, _ = mean_over_prompts(list(values.values()), name, seed=seed)
+    stderr = None if found.stderr is None else 100 * found.stderr
     return Mean(100 * found.total / found.count, stderr, found.count, images, found.prompts)
 
 

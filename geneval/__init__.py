@@ -86,8 +86,9 @@ def score(
             "give the same number of images, at least one, for every prompt"
         )
     each = len(given) // len(asked)
-    entries = [entry for i, one in enumerate(asked) for entry in [_entry(one, i)] * each]
-    warn_of_doubts(entries[::each])
+    prompts = [_entry(one, place) for place, one in enumerate(asked)]
+    warn_of_doubts(prompts)
+    entries = [entry for entry in prompts for _ in range(each)]
     pictures = [_picture(one, place) for place, one in enumerate(given)]
     detector = detector or _default_detector()
     verdicts = [

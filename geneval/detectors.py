@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from geneval.detector import Detector
-from t2i.errors import UserError
+from t2i.errors import UserError, choose_one
 from t2i.files import replacing_folder, saving
 from t2i.published import ProvenFile, PublishedFile, fetch_folder, hashes_by_name
 from t2i.worlds import open_world
@@ -87,7 +87,7 @@ def load_detector(
             message says what to do.
     """
     if name not in DETECTORS:
-        raise UserError(f"unknown detector {name!r}: choose from {', '.join(DETECTORS)}")
+        raise UserError(f"unknown detector {name!r}; {choose_one(name, DETECTORS)}")
     if name == "shapes":
         if weights is not None or sha256 is not None:
             raise UserError("the shapes detector has no weights: leave out --detector-weights")

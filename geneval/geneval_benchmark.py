@@ -14,24 +14,20 @@ from PIL import Image, ImageColor
 
 from geneval.detector import Detections, Detector
 from geneval.prompts import official_prompts
-from geneval.rules import (
-    RuleOptions,
-    Verdict,
-    check_schema,
-    check_vocabulary,
-    judge_detected,
-    warn_of_doubts,
-)
+from geneval.rules import RuleOptions, Verdict, check_entries, check_schema, judge_detected
 from geneval.summary import by_prompt, result_row, summarize
 from t2i import __version__
 from t2i.charts import TINTS
 from t2i.errors import UserError, nearest_path
 from t2i.evaluation.bootstrap import mean_over_prompts
 from t2i.evaluation.gallery import Box, Card
-from t2i.evaluation.generation_folder import read_prompts
 from t2i.evaluation.judging import Judged
+from t2i.evaluation.prompt_files import read_prompts
 from t2i.evaluation.results import Score
 from t2i.worlds import WORLDS, open_world
+
+_NOT_TASKS = ("overall", "correct images", "correct prompts")
+"""The names of the scores of all tasks, which no task may have."""
 
 
 class GenEval:
@@ -57,13 +53,16 @@ class GenEval:
         prompts: the name of this set of prompts, for the report.
 
         Raises:
-            UserError: an entry is not in GenEval's schema, or contains a class or color that the
-                detector does not know.
+            UserError: an entry is not in GenEval's schema, has the name of a score as its tag, or
+                contains a class or color that the detector does not know.
         """
+        check_entries(entries, detector)
         for index, entry in enumerate(entries):
-            check_schema(entry, f"prompt {index}")
-            check_vocabulary(entry, detector)
-        warn_of_doubts(entries)
+            if entry["tag"] in _NOT_TASKS:
+                raise UserError(
+                    f"prompt {index} has the tag {entry['tag']!r}, which is the name of a score of "
+                    "all tasks: give it another tag"
+                )
         self.entries = entries
         self.detector = detector
         self.options = options or RuleOptions()

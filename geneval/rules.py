@@ -131,6 +131,15 @@ def check_schema(entry: object, where: str) -> Mapping:
     )
 
 
+def check_entries(entries: Sequence[Mapping], detector: Detector) -> None:
+    """UserError for metadata that is not GenEval's or that the detector cannot judge; warns of
+    metadata that is judged otherwise than its author may expect.
+    """
+    for index, entry in enumerate(entries):
+        check_vocabulary(check_schema(entry, f"prompt {index}"), detector)
+    warn_of_doubts(entries)
+
+
 def warn_of_doubts(entries: Sequence[Mapping]) -> None:
     """Warn of valid metadata that is judged otherwise than its author may expect."""
     found = [
@@ -212,11 +221,18 @@ def judge_detected(
     options: RuleOptions | None = None,
 ) -> Verdict:
     """Judge detections of an image; `detector` is used only to name their colors."""
+    return decide(metadata, detections, name_colors(image, detector, detections), options)
+
+
+def name_colors(
+    image: Image.Image, detector: Detector, detections: Mapping[str, Detections]
+) -> ColorsOf:
+    """What `decide` asks for the colors of an image's detections."""
 
     def colors_of(name: str, indices: Sequence[int]) -> list[str]:
         return detector.classify_colors(image, name, detections[name].take(indices))
 
-    return decide(metadata, detections, colors_of, options)
+    return colors_of
 
 
 def _select(found: Detections, threshold: float, options: RuleOptions) -> list[int]:

@@ -114,12 +114,11 @@ def table(lines: list[dict]) -> str:
     rows = [
         [title, " / ".join(cell(*pair) for pair in cells.items())] for title, cells in ROWS.items()
     ]
-    head = "| changed | distance, score |"
     seeds = sorted({line["seed"] for line in lines})
     ran = sorted({(line["steps"], line["settings"]["batch_size"]) for line in lines})
     told = " and ".join(f"{steps} steps of batch {batch}" for steps, batch in ran)
     about = f"Seeds {', '.join(map(str, seeds))}; {told}; * the paper's default."
-    return f"{markdown_table(head, rows)}\n\n{about}\n"
+    return f"{markdown_table(('changed', 'distance, score'), rows)}\n\n{about}\n"
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ numbers as JSON.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -115,13 +115,12 @@ def main() -> None:
 
 
 def examine(
-    config: AnalyzeConfig,
-    options: "dict[str, DrawingModelOptions]",
-    models: "dict[str, TensorAR]",
+    config: AnalyzeConfig, options: "dict[str, DrawingModelOptions]", models: "dict[str, TensorAR]"
 ) -> "tuple[dict, list[Drawn]]":
     """All numbers of the page, and the images that the model drew for them."""
     from launch.measure.cost import FORMULAS, cost_of
-    from t2i.evaluation.evidence import known_means, loss_difference, of_drawn, of_known
+    from t2i.evaluation.evidence import known_means, loss_difference, of_drawn, of_known, repairs
+    from t2i.generation import draw_images
 
     model, control = models["model"], models.get("control")
     missing = list(_unlike(options, models))
@@ -131,24 +130,29 @@ def examine(
     kept: list[Drawn] = []
     known = {who: of_known(one, batches) for who, one in models.items()}
     for who, one in models.items():
-        drawing = options[who].drawing(one, among_others=True)
-        assert drawing.sampling is not None, "settled by the options"
-        drawn = _draw(one, prompts, replace(drawing, stages=who == "model"), config.samples)
+        drawing = replace(options[who].drawing(one, among_others=True), stages=who == "model")
+        sampling, samples = drawing.sampling, config.samples
+        assert sampling is not None, "settled by the options"
+        if sampling.renoise:
+            raise UserError(_NO_RENOISE)
+        drawn = list(draw_images(one, prompts, drawing, samples_per_prompt=samples))
         kept = kept or drawn
         facts[who] = {
             "about": options[who].name(),
             **options[who].about(one),
-            "sampling": asdict(drawing.sampling),
-            "drawn": of_drawn(one, drawn, drawing.sampling, config.batch_size),
+            "sampling": asdict(sampling),
+            "drawn": of_drawn(one, drawn, sampling, config.batch_size),
             "known": known_means(known[who]),
         }
     if "stages" not in facts["model"]["drawn"]:
         missing.append("refinement stages: with these settings every code is drawn only once")
+    compared = control is not None and bool(batches)
+    drafts = compared and model.config.k > 1
     found = {
         "name": options["model"].name(),
         **facts,
-        "against_control": loss_difference(*known.values()) if control and batches else None,
-        "repairs": _repairs(model, control, batches),
+        "against_control": loss_difference(*known.values()) if compared else None,
+        "repairs": repairs(model, models["control"], batches) if drafts else None,
         "cost": cost_of(model),
         "settings": {
             "seed": config.seed,
@@ -164,7 +168,9 @@ def examine(
     return found, kept
 
 
-def _unlike(options: "dict[str, DrawingModelOptions]", models: "dict[str, TensorAR]"):
+def _unlike(
+    options: "dict[str, DrawingModelOptions]", models: "dict[str, TensorAR]"
+) -> Iterator[str]:
     """Reasons why the comparison with a control is missing or unfair.
 
     Raises:
@@ -290,19 +296,11 @@ def _prompts(
 
 def _typed(config: AnalyzeConfig) -> list[str]:
     """The prompts given on the command line, if any."""
-    from t2i.evaluation.generation_folder import read_prompts
+    from t2i.evaluation.prompt_files import read_prompts
 
     if not config.prompt and config.prompt_file is None:
         return []
     return [entry["prompt"] for entry in read_prompts(config.prompt, config.prompt_file)]
-
-
-def _draw(model: "TensorAR", prompts: list[str | int], drawing, samples: int) -> "list[Drawn]":
-    from t2i.generation import draw_images
-
-    if drawing.sampling.renoise:
-        raise UserError(_NO_RENOISE)
-    return list(draw_images(model, prompts, drawing, samples_per_prompt=samples))
 
 
 def _write_sheets(out: Path, drawn: "list[Drawn]") -> list[tuple[str, str]]:
@@ -331,15 +329,6 @@ def _course(options: "dict[str, DrawingModelOptions]") -> "list[Chart]":
         run = next((folder for folder in around if (folder / METRICS).is_file()), None)
         rows[who] = [] if run is None else read_metrics(run)
     return metric_charts(rows["model"], rows.get("control", []))
-
-
-def _repairs(model: "TensorAR", control: "TensorAR | None", batches: "list[Batch]") -> dict | None:
-    """How often refinement repairs or spoils the last draft; None without a control or drafts."""
-    from t2i.evaluation.evidence import repairs
-
-    if control is None or not batches or model.config.k == 1:
-        return None
-    return repairs(model, control, batches)
 
 
 if __name__ == "__main__":

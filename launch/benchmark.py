@@ -30,7 +30,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.errors import UserError
+from t2i.errors import UserError, choose_one
 from t2i.sampling import Speed, check_counts
 
 if TYPE_CHECKING:
@@ -113,45 +113,42 @@ def groups(config: SpeedBenchmark, device: "torch.device", machine: "Machine") -
         speeds = config.speeds or usual
         for shape, dtype, images in product(config.shapes, config.dtypes, config.images):
             group = timed_sampling.Group(
-                shape,
-                dtype,
-                images,
-                config.methods,
-                speeds,
-                _peers(config),
-                config.steps,
-                config.rounds,
-                config.guidance,
-                config.top_k,
-                config.llamagen,
+                shape=shape,
+                dtype=dtype,
+                images=images,
+                methods=config.methods,
+                speeds=speeds,
+                peers=_peers(config),
+                steps=config.steps,
+                rounds=config.rounds,
+                guidance=config.guidance,
+                top_k=config.top_k,
+                llamagen=config.llamagen,
             )
             work = partial(timed_sampling.measure, group, device, machine, memory=config.memory)
             yield "sampling", f"{shape}, {dtype}, {images} images", work
         for shape, images in product(config.shapes, config.images if config.decode else ()):
-            row = partial(timed_sampling.decode_row, shape, images, device, config.rounds)
-            yield "decoding", f"{shape}, {images} images", lambda row=row: [row()]
+            work = partial(timed_sampling.measure_decoding, shape, images, device, config.rounds)
+            yield "decoding", f"{shape}, {images} images", work
     if "training" in config.what:
         for shape, dtype in product(config.shapes, config.dtypes):
             steps = timed_training.TrainingGroup(
-                shape,
-                dtype,
-                config.batch,
-                config.methods,
-                config.naive,
-                config.recompute,
-                config.rounds,
-                config.compiled,
+                shape=shape,
+                dtype=dtype,
+                batch=config.batch,
+                methods=config.methods,
+                naive=config.naive,
+                recompute=config.recompute,
+                rounds=config.rounds,
+                compiled=config.compiled,
             )
             work = partial(timed_training.measure, steps, device, machine, memory=config.memory)
             yield "training", f"{shape}, {dtype}, batch {config.batch}", work
     if "scaling" in config.what:
         for name, points in scaling.points(scaling.Point()).items():
-            rounds = min(config.rounds, 3)
-            yield (
-                "scaling",
-                f"cost as {name} grows",
-                partial(scaling.measure, name, points, device, rounds=rounds, memory=config.memory),
-            )
+            rounds, memory = min(config.rounds, 3), config.memory
+            work = partial(scaling.measure, name, points, device, rounds=rounds, memory=memory)
+            yield "scaling", f"cost as {name} grows", work
 
 
 def _peers(config: SpeedBenchmark) -> tuple[str, ...]:
@@ -163,7 +160,7 @@ def _peers(config: SpeedBenchmark) -> tuple[str, ...]:
         return tuple(n for n in PEERS if config.llamagen is not None or "llamagen" not in n)
     for name in config.peers:
         if name not in PEERS:
-            raise UserError(f"peer {name!r} must be one of {', '.join(PEERS)}, or all")
+            raise UserError(f"unknown peer {name!r}; {choose_one(name, (*PEERS, 'all'))}")
         if name.startswith("llamagen") and config.llamagen is None:
             raise UserError(
                 f"peer {name} needs --llamagen DIR, a checkout of LlamaGen's repository"
@@ -173,7 +170,7 @@ def _peers(config: SpeedBenchmark) -> tuple[str, ...]:
 
 def main() -> None:
     config = cli.parse(SpeedBenchmark, __doc__)
-    from launch.measure import benchmark_report, roofline, timed_sampling
+    from launch.measure import benchmark_report, roofline, scaling, timed_sampling
     from launch.measure.shapes import check_shapes
     from t2i.files import writable_file
     from t2i.loading import pick_device
@@ -184,9 +181,10 @@ def main() -> None:
         presets.method(name)
     _peers(config)
     device, _ = pick_device(config.device)
-    stem = None if config.out is None else config.out.with_suffix("")
+    stem = config.out
     if stem is not None:
-        writable_file(stem.with_suffix(".json"))
+        stem = stem.with_suffix("") if stem.suffix in (".json", ".md", ".svg") else stem
+        writable_file(f"{stem}.json")
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -213,21 +211,15 @@ def main() -> None:
             found = work()
         except torch.OutOfMemoryError as error:
             found = [{"contender": what, "error": f"out of memory: {str(error)[:100]}"}]
-        _add(results["rows"], kind, found)
-        results["machine"] = asdict(machine)
+        rows = results["rows"].setdefault(kind, [])
+        rows += found
+        if kind == "scaling":
+            results["rows"]["fits"] = scaling.fits(rows)
         if stem is not None:
             benchmark_report.write(results, stem)
     print(benchmark_report.markdown(results))
-    if stem is not None and not benchmark_report.plot(results, stem.with_suffix(".svg")):
+    if stem is not None and not benchmark_report.plot(results, Path(f"{stem}.svg")):
         log.info("no plot: matplotlib is not installed")
-
-
-def _add(rows: dict[str, list[dict]], kind: str, found: list[dict] | tuple) -> None:
-    """Add new rows to those of their kind; scaling also returns fits."""
-    if isinstance(found, tuple):
-        found, fits = found
-        rows.setdefault("fits", []).extend(fits)
-    rows.setdefault(kind, []).extend(found)
 
 
 if __name__ == "__main__":

@@ -54,16 +54,17 @@ class GenerateConfig(DrawingModelOptions):
 
 def main() -> None:
     config = cli.parse(GenerateConfig, __doc__, main=_MAIN)
-    from t2i.evaluation.generation_folder import read_prompts, write_sheets
+    from t2i.evaluation.generation_folder import write_sheets
+    from t2i.evaluation.prompt_files import read_prompts
     from t2i.files import owning, remove_leftovers, writable_folder
 
     entries = read_prompts(config.prompt, config.prompt_file)
     device, dtype = config.check()
-    with ExitStack() as held:
-        from t2i.evaluation import draw
-        from t2i.generation import all_jobs
-        from t2i.training.trigger_words import remind_of_trigger
+    from t2i.evaluation import draw
+    from t2i.generation import all_jobs
+    from t2i.training.trigger_words import remind_of_trigger
 
+    with ExitStack() as held:
         if config.out is None:
             writable_folder(_OUTPUTS)
         else:

@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 from launch.measure import formulas
 from t2i import cli
-from t2i.errors import UserError
+from t2i.errors import UserError, choose_one
 from t2i.evaluation.results import markdown_table
 from t2i.files import writable_folder, write_text
 
@@ -132,7 +132,7 @@ class Check:
     def __post_init__(self):
         for name in self.parts:
             if name not in PARTS:
-                raise UserError(f"unknown part {name!r}; choose from {', '.join(PARTS)}")
+                raise UserError(f"unknown part {name!r}; {choose_one(name, PARTS)}")
 
 
 class Record:
@@ -160,7 +160,7 @@ class Record:
 def _table(rows: list[dict]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_text(row.get(c, "")) for c in columns] for row in rows]
-    return markdown_table(f"| {' | '.join(columns)} |", cells)
+    return markdown_table(columns, cells)
 
 
 def _text(value: object) -> str:

@@ -182,7 +182,7 @@ def table(scores: dict, losses: dict) -> str:
         cells += [f"**{overall:.3f}**" + ("" if error is None else f" ± {error:.3f}")]
         cells += [_slots(losses.get(name, {}), kind) for kind in ("noised_truth", "own_drafts")]
         rows.append([name, *cells])
-    return markdown_table(f"| {' | '.join(head)} |", rows)
+    return markdown_table(head, rows)
 
 
 def _slots(losses: dict, kind: str) -> str:

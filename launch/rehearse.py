@@ -24,7 +24,7 @@ if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from t2i import cli
-from t2i.errors import UserError, shorten
+from t2i.errors import UserError, choose_one, shorten
 from t2i.models.families import FAMILIES
 from t2i.rehearsal.layout import JUDGES, Written, module_of
 
@@ -97,15 +97,23 @@ class Rehearsal:
         """Folder for everything that is written."""
         return self.out or Path("runs/rehearsal") / f"{self.model}-{self.size}"
 
+    @property
+    def possible(self) -> list[str]:
+        """The stages of such a model and, with `holes`, of such files."""
+        own = OF_JUDGES if self.model in JUDGES else set(STAGES) - set(OF_JUDGES[1:])
+        return [name for name in STAGES if name in own and (name in HOLES or not self.holes)]
+
 
 def main() -> None:
     config = cli.parse(Rehearsal, __doc__)
     module = import_module(module_of(config.model))
     if config.size not in module.SIZES:
-        sizes = ", ".join(module.SIZES)
-        raise UserError(f"{config.model} has no size {config.size}; choose one of {sizes}")
-    if unknown := [name for name in config.stages if name not in STAGES]:
-        raise UserError(f"no stage {unknown[0]}; choose from {', '.join(STAGES)}")
+        others = choose_one(config.size, module.SIZES)
+        raise UserError(f"{config.model} has no size {config.size}; {others}")
+    for name in config.stages:
+        if name not in config.possible:
+            stage = f"stage {name}{' with --holes' if config.holes else ''}"
+            raise UserError(f"{config.model} has no {stage}; {choose_one(name, config.possible)}")
     from t2i.files import owning
 
     with owning(config.folder, "rehearsal folder"):
@@ -148,11 +156,9 @@ class Stages:
         from t2i.rehearsal.rehearsal_report import summary, table
 
         config, failed = self.config, []
-        of_kind = OF_JUDGES if config.model in JUDGES else set(STAGES) - set(OF_JUDGES[1:])
-        wanted = set(config.stages or STAGES) & set(HOLES if config.holes else of_kind)
         write_json(self.out / "results.json", self.rows)  # marks the folder as a rehearsal's
         (self.out / "logs").mkdir(exist_ok=True)
-        for name in self._todo(wanted):
+        for name in self._todo(set(config.stages or config.possible)):
             print(f"{name}: {STAGES[name]} ...", flush=True)
             reason = self._impossible(name)
             self.rows[name] = {"skipped": reason} if reason else self._measure(name)

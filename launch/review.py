@@ -143,7 +143,7 @@ def _place_names(models: Sequence[DrawingModelOptions]) -> list[str]:
 
 def _entries(config: ReviewConfig) -> list[dict]:
     """The given prompts, or else those of the first images folder."""
-    from t2i.evaluation.generation_folder import read_prompts
+    from t2i.evaluation.prompt_files import read_prompts
     from t2i.evaluation.review_page import open_column
 
     if config.prompt or config.prompt_file or not config.images:

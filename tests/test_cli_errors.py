@@ -20,7 +20,7 @@ from PIL import Image
 from launch import generate, train_llamagen
 from t2i import cli
 from t2i.errors import UserError
-from t2i.evaluation.generation_folder import read_prompts
+from t2i.evaluation.prompt_files import read_prompts
 from t2i.fields import from_json
 from t2i.sampling import SamplingConfig
 from t2i.training.config import EngineOptions, TrainConfig
@@ -317,9 +317,9 @@ def test_bad_prompts_are_refused(generate_fails, tmp_path):
 @pytest.mark.parametrize(
     ("name", "lines", "said"),
     [
-        ("a.txt", ["# mine", "a dot", "// more"], "2 of 3 lines are drawn as they are"),
-        ("a.txt", ["1. a dot", "2. a ring"], "2 of 2 lines are drawn as they are"),
-        ("a.md", ["- a dot"], "1 of 1 lines are drawn"),
+        ("a.txt", ["# mine", "a dot", "// more"], "2 of 3 lines look like comments"),
+        ("a.txt", ["1. a dot", "2. a ring"], "2 of 2 lines look like comments"),
+        ("a.md", ["- a dot"], "1 of 1 lines look like"),
         ("a.txt", ['"a dot",', "'a ring'"], "2 of 2 lines"),
         ("a.txt", ["Prompt\tCategory", "a dot\tshapes"], "('Prompt\\tCategory')"),
         ("a.txt", ["a 3D dot - red", "2 dots", '"big" dot', "a dot (red:1.2)"], None),

@@ -75,12 +75,13 @@ def test_bad_requests_are_refused_by_name(changes, message):
 @pytest.mark.parametrize("prompt", ['it\'s <b>"red"</b> $HOME `x`', "--seed 3", "two\nlines"])
 def test_the_shown_command_gives_the_same_settings(prompt, monkeypatch):
     request = read(prompt=prompt, top_p=None)
-    model = ModelOptions(ckpt="my run", base=BaseOptions(tokenizer="vq.pt"), dtype="bfloat16")
+    base = BaseOptions(tokenizer="vq.pt", grid=(24, 16))
+    model = ModelOptions(ckpt="my run", base=base, dtype="bfloat16")
     words = shlex.split(request.command(model_words(model), stages=True))
     assert words[:4] == ["python", "-m", "launch", "generate"]
     monkeypatch.setattr("sys.argv", ["generate.py", *words[4:]])
     config = cli.parse(generate.GenerateConfig, "")
-    assert (config.ckpt, config.base, config.dtype) == ("my run", model.base, "bfloat16")
+    assert (config.ckpt, config.base, config.dtype) == ("my run", base, "bfloat16")
     assert (config.prompt, config.samples, config.seed) == ((prompt,), 2, 7)
     assert config.sampling == request.sampling and config.speculate == "auto" and config.stages
 

@@ -19,7 +19,7 @@ from t2i.evaluation.bootstrap import paired_differences
 from t2i.evaluation.evaluation_options import BenchmarkOptions, Scope
 from t2i.evaluation.gallery import Card
 from t2i.evaluation.judging import Judged
-from t2i.evaluation.results import Score, compare_folders
+from t2i.evaluation.results import Score, compare_folders, markdown_table
 from t2i.evaluation.runner import claim_output, evaluate
 from t2i.imaging import save_png
 from t2i.processes import Processes
@@ -215,7 +215,9 @@ def test_faults_of_a_folder_are_named(images, tmp_path, name, how, messages):
 
 
 def test_too_few_samples_of_every_prompt_suggest_the_option(images, tmp_path):
-    with pytest.raises(ValueError, match="if 2 a prompt is meant, give --samples 2; else add them"):
+    with pytest.raises(
+        ValueError, match="if you meant 2 per prompt, give --samples 2; else add them"
+    ):
         evaluate(Bright(), tmp_path / "out", images=images, scope=replace(SCOPE, samples=4))
     (images / "00001/samples/00001.png").unlink()
     with pytest.raises(ValueError, match="and 3 more; add them"):
@@ -360,6 +362,10 @@ def test_overall_difference_weighs_groups_equally():
     several = {"x": {"1": [0], "2": [0]}, "y": {"1": [0], "2": [0]}}
     with pytest.raises(ValueError, match="1 in both, 1 only in A, 0 only in B"):
         paired_differences(several, {"x": {"1": [0]}, "y": {"1": [0]}})
+
+
+def test_bars_in_cells_do_not_split_them():
+    assert markdown_table(["a|b", "n"], [["c|d", 1]]) == "| a\\|b | n |\n|---|---|\n| c\\|d | 1 |"
 
 
 def test_only_comparable_folders_are_compared(images, tmp_path):

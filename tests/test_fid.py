@@ -330,10 +330,10 @@ def test_too_few_images_for_the_scores_are_refused(tmp_path, network):
     one, three = (write_npz(tmp_path / f"{n}.npz", pictures(n)) for n in (1, 3))
     four = write_npz(tmp_path / "4.npz", pictures(4))
     for samples, reference, least in ((one, four, "1.npz holds 1"), (four, three, "3.npz holds 3")):
-        with pytest.raises(ValueError, match=f"{least} images; these scores need 4"):
+        with pytest.raises(ValueError, match=f"{least} images; these scores need at least 4"):
             fid.check_inputs(samples, reference, allow_fewer=True)
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(4), sigma=np.eye(4))
-    with pytest.raises(ValueError, match=r"1.npz holds 1 images; these scores need 2"):
+    with pytest.raises(ValueError, match=r"1.npz holds 1 images; these scores need at least 2"):
         fid.check_inputs(one, tmp_path / "statistics.npz", allow_fewer=True)
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
         measures.feature_statistics(torch.zeros(1, 4))

@@ -400,5 +400,7 @@ def test_evaluate_takes_paths_as_texts_and_says_what_it_needs(model, tmp_path):
             evaluate(benchmark, out, **options)
     with pytest.raises(t2i.UserError, match="detector is 'shapes': give a loaded detector"):
         GenEval(benchmark.entries, "shapes")
+    with pytest.raises(t2i.UserError, match="prompt 0 has the tag 'overall', which is the name of"):
+        GenEval([entry | {"tag": "overall"}], ShapesDetector())
     with pytest.raises(t2i.UserError, match="samples is array"):
         check_inputs(np.zeros((4, 8, 8, 3), np.uint8), out, allow_fewer=True)

@@ -242,7 +242,15 @@ def test_memory_is_compared_beyond_an_empty_process_and_large_errors_are_bold():
 def test_wrong_names(capsys, monkeypatch):
     for words, message in (
         (["llamagen", "S"], "llamagen has no size S; choose one of B, L, XL"),
-        (["rar", "B", "--stages", "wriet"], "no stage wriet; choose from write,"),
+        (["rar", "B", "--stages", "wriet"], "no stage wriet; perhaps you meant write; choose one"),
+        (
+            ["rar", "B", "--holes", "--stages", "load"],
+            "rar has no stage load with --holes; choose",
+        ),
+        (
+            ["mask2former", "swin-s", "--stages", "load"],
+            "mask2former has no stage load; choose",
+        ),
     ):
         monkeypatch.setattr(sys, "argv", ["rehearse.py", *words])
         with pytest.raises(UserError, match=message):

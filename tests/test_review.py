@@ -58,9 +58,14 @@ def _judge(folder: Path, wrong: str) -> None:
          "reason": "" if name != wrong else "expected 2 stars\nfound 1"}
         for p in range(3) for s in range(2)
     ]  # fmt: skip
+    _write_results(folder, "GenEval", rows)
+
+
+def _write_results(folder: Path, benchmark: str, rows: list[dict]) -> None:
     write_text(folder / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
     write_text(folder / REPORT_FILE, "")
-    known = {"benchmark": "GenEval", "label": "shapes prompts", "images": "images"}
+    known = {"benchmark": benchmark, "label": "shapes prompts", "images": "images", "decimals": 3}
+    known |= {"scores": {}, "judge": {}, "status": "complete"}
     write_json(folder / RESULTS_FILE, known)
 
 
@@ -121,10 +126,7 @@ def test_verdicts_of_dpg_bench_are_shares_of_passed_questions(tmp_path):
     keys = ("question", "answer", "passed")
     questions = [dict(zip(keys, said, strict=True)) for said in answers]
     rows = [{"filename": sample_file(p, 0), "questions": questions[: 2 - p]} for p in (0, 1)]
-    write_text(tmp_path / "d" / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
-    write_text(tmp_path / "d" / REPORT_FILE, "")
-    known = {"benchmark": "DPG-Bench", "label": "", "images": "images"}
-    write_json(tmp_path / "d" / RESULTS_FILE, known)
+    _write_results(tmp_path / "d", "DPG-Bench", rows)
     column = open_column("d", tmp_path / "d")
     assert column.verdicts == {
         (0, 0): {"share": 0.5, "why": ["Is it red? no"]},
@@ -245,7 +247,7 @@ def test_names_outside_the_layout_are_ignored(tmp_path):
     [
         ("images/00001/metadata.jsonl", '["a"]', "has no text under"),
         ("images/00001/metadata.jsonl", '{"tag": "x"}', "has no text under"),
-        ("results.json", '{"label": "x"}', "not in the form that a benchmark writes"),
+        ("results.json", '{"label": "x"}', "is not a benchmark's: it lacks benchmark, "),
         ("results.jsonl", '{"filename": 1}', "not in the form that a benchmark writes"),
         ("results.jsonl", '["x"]', "holds no finished results"),
         ("images/00000/stages/00000.json", '{"a": 1}', "holds no codes"),

@@ -53,7 +53,7 @@ def cost_table() -> str:
             operations, of_base = cost["operations"], cost["base_operations"]
             cells = [f"{(size + codec) / 1e6:.0f} M", added, f"{operations / 1e9:.0f}"]
             rows.append([name, method, *cells, f"{operations / of_base:.2f}"])
-    head = "| model | method | parameters | added | GFLOP of a pass | to the base's |"
+    head = ("model", "method", "parameters", "added", "GFLOP of a pass", "to the base's")
     return markdown_table(head, rows)
 
 

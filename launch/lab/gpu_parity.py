@@ -17,6 +17,7 @@ from torch import Tensor
 
 from launch.lab.gpu_speed import Rows
 from launch.measure.shapes import open_backbone
+from launch.measure.timed_sampling import DTYPES
 from t2i.loading import load_backbone
 from t2i.models.base import Backbone, LoadOptions
 from t2i.models.janus.janus_model import Janus
@@ -35,7 +36,6 @@ from t2i.tensorar.sampler import sample_windows
 LOGITS, PIXELS = 1e-4, 5e-4  # the golden tests' tolerances, fp32
 BF16 = 0.08  # largest allowed difference of logits in bf16, as a share of the largest logit
 GAP = 2e-3  # largest gap between two logits whose order rounding may change, fp32
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GREEDY = SamplingConfig(temperature=0.0)
 
 

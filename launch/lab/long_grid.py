@@ -28,7 +28,7 @@ from tyro.conf import Positional
 from launch.lab.long_arms import LONG_GRIDS, LongArm
 from launch.lab.result_lines import results
 from t2i import cli
-from t2i.errors import UserError
+from t2i.errors import UserError, choose_one
 from t2i.files import json_sha256, writable_folder
 from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.sampling import check_counts, check_seed
@@ -83,10 +83,9 @@ class LongGrid:
             check_seed(seed)
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise UserError(f"seeds={self.seeds}: give at least one seed, and none of them twice")
-        if min(self.workers, self.minutes) < 0:
-            raise UserError(
-                f"workers={self.workers} and minutes={self.minutes} must not be negative"
-            )
+        for name in ("workers", "minutes"):
+            if (given := getattr(self, name)) < 0:
+                raise UserError(f"{name}={given} must not be negative")
 
     def trained(self) -> list:
         """The settings that a trained model depends on, besides base, arm and seed."""
@@ -148,13 +147,12 @@ def planned(grid: LongGrid) -> list[LongRun]:
         UserError: there is no such grid or arm, or a base is not name=folder.
     """
     if grid.grid not in LONG_GRIDS:
-        raise UserError(f"unknown grid {grid.grid!r}; choose one of {', '.join(LONG_GRIDS)}")
+        raise UserError(f"unknown grid {grid.grid!r}; {choose_one(grid.grid, LONG_GRIDS)}")
     stages = LONG_GRIDS[grid.grid]
     known = [arm.name for stage in stages for arm in stage]
-    if unknown := set(grid.arms) - set(known):
-        raise UserError(
-            f"grid {grid.grid} has no arm {', '.join(sorted(unknown))}; it has {', '.join(known)}"
-        )
+    for name in grid.arms:
+        if name not in known:
+            raise UserError(f"grid {grid.grid} has no arm {name}; {choose_one(name, known)}")
     bases = [base.partition("=") for base in grid.bases]
     if not all(weights for _, _, weights in bases):
         raise UserError(f"bases={grid.bases}: write each as name=folder")

@@ -199,7 +199,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """A markdown table without its empty columns."""
     kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
     cells = [[row[i] for i in kept] for row in rows]
-    return markdown_table(f"| {' | '.join(head[i] for i in kept)} |", cells) if rows else "none"
+    return markdown_table([head[i] for i in kept], cells) if rows else "none"
 
 
 def plot_gains(lines: Lines, path: Path) -> None:

@@ -27,7 +27,8 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.charts import Chart, Series, save_chart
-from t2i.errors import UserError
+from t2i.errors import UserError, choose_one
+from t2i.evaluation.results import markdown_table
 from t2i.files import owning, read_json, write_json, write_text
 from t2i.reward import reward_recipes
 from t2i.reward.reward_options import RewardConfig
@@ -115,7 +116,7 @@ class RewardGrid:
 def main() -> None:
     options = cli.parse(RewardGrid, __doc__)
     if options.grid not in GRIDS:
-        raise UserError(f"unknown grid {options.grid!r}; choose from {', '.join(GRIDS)}")
+        raise UserError(f"unknown grid {options.grid!r}; {choose_one(options.grid, GRIDS)}")
     if options.one:
         run_one(options)
     else:
@@ -337,16 +338,15 @@ def collect(options: RewardGrid) -> str:
         if chart.series:
             save_chart(chart, options.out / name)
     columns = ("unguided", "guided", "watch/dpg", "watch/diversity", "validation/own_drafts/slot0")
-    lines = ["| setting | seed | steps | minutes | " + " | ".join(columns) + " | kl |"]
-    lines.append("|---|" + "---|" * (len(columns) + 4))
+    rows = []
     for run in sorted(runs, key=lambda run: (run["setting"], run["seed"])):
         first, last = run["scores"][0], run["scores"][-1]
         cells = [run["setting"], run["seed"], run["steps"], f"{run['minutes']:.1f}"]
         cells += [f"{first[c]:.3f} -> {last[c]:.3f}" for c in columns]
         divergence = run["rows"][-1].get("policy/kl") if run["rows"] else None
         cells += ["" if divergence is None else f"{divergence:.3f}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(["setting", "seed", "steps", "minutes", *columns, "kl"], rows)
 
 
 def curves(runs: list[dict]) -> dict[str, Chart]:

@@ -140,8 +140,9 @@ def table(rows: dict[str, dict]) -> str:
         if "minus_first" in r:
             minus = f"{r['minus_first']:+.3f} ± {r['minus_first_stderr']:.3f}"
         shares = [f"{r['right']:.3f} ± {r['stderr']:.3f}", f"{r['shape']:.3f}", f"{r['color']:.3f}"]
-        cells.append([name, str(r["n"]), *shares, minus])
-    return markdown_table("| images | n | right | shape | color | minus the first |", cells)
+        cells.append([name, r["n"], *shares, minus])
+    head = ("images", "n", "right", "shape", "color", "minus the first")
+    return markdown_table(head, cells)
 
 
 def one_of_each(images: np.ndarray, labels: np.ndarray) -> list[Image.Image]:

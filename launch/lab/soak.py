@@ -25,6 +25,7 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.errors import UserError
+from t2i.evaluation.results import markdown_table
 from t2i.files import owning, write_text
 
 _LONGEST = 160
@@ -115,23 +116,21 @@ def table(rows: list[dict], seed: int) -> str:
     import deepspeed
     import torch
 
-    def cell(text: object) -> str:
-        words = str(text).replace("|", "\\|").removeprefix("error: ")
-        return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} ..."
-
-    lines = ["| fault | what was seen | ended after | final weights | |", "|---|---|---|---|---|"]
+    cells = []
     for row in rows:
+        seen = row["seen"].removeprefix("error: ")
+        seen = seen if len(seen) <= _LONGEST else f"{seen[:_LONGEST]} ..."
         seconds = f"{row['seconds']:.0f} s" if row.get("seconds") is not None else ""
         same = {True: "equal, bit for bit", False: "**differ**", None: ""}[row.get("same")]
-        cells = (row["fault"], row["seen"], seconds, same, row["verdict"])
-        lines.append(f"| {' | '.join(map(cell, cells))} |")
+        cells.append([row["fault"], seen, seconds, same, row["verdict"]])
     dates = sorted({row["date"] for row in rows})
     about = (
         f"Seed {seed}, {dates[0]} to {dates[-1]}, {platform.system()} {platform.machine()}, CPU, "
         f"Python {platform.python_version()}, PyTorch {torch.__version__}, "
         f"DeepSpeed {deepspeed.__version__}."
     )
-    return "\n".join([*lines, "", about, ""])
+    head = ("fault", "what was seen", "ended after", "final weights", "")
+    return f"{markdown_table(head, cells)}\n\n{about}\n"
 
 
 if __name__ == "__main__":

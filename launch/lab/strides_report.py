@@ -81,14 +81,14 @@ def gain(way: DrawnWay, every: Sequence[DrawnWay]) -> Estimate | None:
 
 
 def table(every: Sequence[DrawnWay]) -> str:
-    head = "| base | arm | stride | seeds | calls per code | with speculation | score "
-    head += "| against code by code | losses of slots |"
+    head = ["base", "arm", "stride", "seeds", "calls per code", "with speculation", "score"]
+    head += ["against code by code", "losses of slots"]
     rows = []
     for one in every:
         gained, speculating = gain(one, every), one.mean("speculating_calls_per_code")
         rows.append(
             [
-                *(Path(one.base).name, one.arm, str(one.stride), str(len(one.lines))),
+                *(Path(one.base).name, one.arm, one.stride, len(one.lines)),
                 f"{one.mean('calls_per_code'):.2f}",
                 "" if np.isnan(speculating) else f"{speculating:.2f}",
                 one.score().told(),

@@ -80,12 +80,9 @@ def main() -> None:
     own = config.texts
     texts = TEXTS if own is None else own.read_text(encoding="utf-8").splitlines()
     found = {text: drift_of(backbone, text) for text in texts if text.strip()}
-    head = "| text | words | KL | entropy before | other likeliest word | largest change |"
+    head = ("text", "words", "KL", "entropy before", "other likeliest word", "largest change")
     rows = [
-        [
-            *(text, str(x.words), f"{x.kl:.4f}", f"{x.entropy:.3f}"),
-            *(f"{x.changed:.1%}", f"{x.largest:.3f}"),
-        ]
+        (text, x.words, f"{x.kl:.4f}", f"{x.entropy:.3f}", f"{x.changed:.1%}", f"{x.largest:.3f}")
         for text, x in found.items()
     ]
     print(markdown_table(head, rows))

@@ -100,7 +100,7 @@ def markdown(results: dict) -> str:
 
 def _table(rows: list[dict]) -> str:
     columns = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
-    head = f"| {' | '.join(_COLUMNS[key][0] for key in columns)} |"
+    head = [_COLUMNS[key][0] for key in columns]
     return markdown_table(head, [[_cell(row, key) for key in columns] for row in rows])
 
 
@@ -116,8 +116,8 @@ def _cell(row: dict, key: str) -> str:
 
 def write(results: dict, stem: Path) -> None:
     """Write STEM.json and STEM.md."""
-    write_json(stem.with_suffix(".json"), results)
-    write_text(stem.with_suffix(".md"), markdown(results))
+    write_json(f"{stem}.json", results)
+    write_text(f"{stem}.md", markdown(results))
 
 
 # -- the plot --------------------------------------------------------------------------------------

@@ -13,10 +13,7 @@ def peak_gb(work: Callable[..., object], *arguments: object) -> float:
     """Peak GB of a fresh process that does the work and returns freed memory at once."""
     context = multiprocessing.get_context("spawn")
     giving_back = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc's; read when the process starts
-    with (
-        patch.dict(os.environ, giving_back),
-        ProcessPoolExecutor(1, mp_context=context) as pool,
-    ):
+    with patch.dict(os.environ, giving_back), ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_peak, work, arguments).result()
 
 

@@ -60,7 +60,7 @@ def open_peer(name: str, task: Task) -> Contender | None:
     if isinstance(task.backbone, Janus) and name == "transformers":
         return _janus(task)
     if isinstance(task.backbone, LlamaGen):
-        return _LLAMAGEN[name](task)
+        return _FOR_LLAMAGEN[name](task)
     return None
 
 
@@ -249,7 +249,7 @@ def draw_llamagen(generate: Any, model: Any, call: Callable, task: Task, tick: T
     )
 
 
-_LLAMAGEN: dict[str, Callable[[Task], Contender | None]] = {
+_FOR_LLAMAGEN: dict[str, Callable[[Task], Contender | None]] = {
     "no-cache": _no_cache,
     "cat-cache": _cat_cache,
     "transformers": _llama,

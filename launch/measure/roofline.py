@@ -43,15 +43,16 @@ def known(
     bandwidth: float | None,
     tflops: float | None,
 ) -> Machine:
-    """The machine as measured, except for a given bandwidth (GB/s) or rate (TFLOP/s)."""
-    found = measured(device, dtypes, tiny=bandwidth is not None and tflops is not None)
-    given = {"bandwidth": bandwidth, "tflops": tflops}
-    notes = [f"{name} given" for name, value in given.items() if value is not None]
-    return Machine(
-        found.bandwidth if bandwidth is None else 1e9 * bandwidth,
-        found.rates if tflops is None else dict.fromkeys(dtypes, 1e12 * tflops),
-        ", ".join([found.source, *notes]),
-    )
+    """The machine's rates: the given ones (in GB/s and TFLOP/s), the others measured."""
+    rates = None if tflops is None else dict.fromkeys(dtypes, 1e12 * tflops)
+    if bandwidth is not None and rates is not None:
+        return Machine(1e9 * bandwidth, rates, "given")
+    found = measured(device, dtypes)
+    if bandwidth is not None:
+        return Machine(1e9 * bandwidth, found.rates, f"{found.source}; bandwidth given")
+    if rates is not None:
+        return Machine(found.bandwidth, rates, f"{found.source}; TFLOP/s given")
+    return found
 
 
 def copy_bandwidth(device: torch.device, size: int) -> float:

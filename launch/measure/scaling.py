@@ -84,8 +84,8 @@ WORKS = {"drawing": drawing, "training": training}
 
 def measure(
     variable: str, series: Sequence[Point], device: torch.device, *, rounds: int, memory: bool
-) -> tuple[list[dict], list[dict]]:
-    """Rows of the points, which take turns in every round, and rows of the fits to them."""
+) -> list[dict]:
+    """Rows of the points, which take turns in every round."""
     rows = []
     for work, prepare in WORKS.items():
         runs = {}
@@ -103,7 +103,7 @@ def measure(
             if memory:
                 row["peak_gb"] = peak_gb(_once, work, point, device.type)
             rows.append(row)
-    return rows, _fits(rows)
+    return rows
 
 
 def _once(work: str, point: Point, device: str) -> None:
@@ -112,17 +112,20 @@ def _once(work: str, point: Point, device: str) -> None:
         run()
 
 
-def _fits(rows: list[dict]) -> list[dict]:
-    """A row for every work and cost that all points have."""
+def fits(rows: Sequence[dict]) -> list[dict]:
+    """A row for every quantity, work and cost that all their points have."""
+    series: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        if "variable" in row:  # else a whole group ran out of memory
+            series.setdefault((row["variable"], row["work"]), []).append(row)
     found = []
-    for work in WORKS:
-        own = [row for row in rows if row["work"] == work]
+    for (variable, work), own in series.items():
         for cost in ("seconds", "peak_gb"):
             if all(row.get(cost, 0) > 0 for row in own):
                 exponent, factor, residual = power_law(
                     [row["x"] for row in own], [row[cost] for row in own]
                 )
-                about = {"variable": own[0]["variable"], "work": work, "cost": cost}
+                about = {"variable": variable, "work": work, "cost": cost}
                 fit = {"exponent": exponent, "factor": factor, "residual": residual}
                 found.append(about | fit)
     return found

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from t2i.errors import UserError
+from t2i.errors import UserError, choose_one
 from t2i.loading import load_source
 from t2i.models.base import Backbone, LoadOptions
 from t2i.models.families import find_family
@@ -82,7 +82,7 @@ def check_shapes(names: tuple[str, ...]) -> None:
     known = (*SHIPPED, *PUBLISHED, *TINY)
     for name in names:
         if name not in known:
-            raise UserError(f"shape {name!r} must be one of {', '.join(known)}")
+            raise UserError(f"unknown shape {name!r}; {choose_one(name, known)}")
 
 
 def _shipped(name: str, device: torch.device) -> Backbone:

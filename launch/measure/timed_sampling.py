@@ -1,5 +1,6 @@
 """How fast codes are drawn, by presets at several speeds and by peers, taking turns."""
 
+import logging
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -26,6 +27,8 @@ from t2i.generation import choose_run
 from t2i.sampling import DrawOptions, SamplingConfig, Speed
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -88,6 +91,8 @@ class OpenGroup:
         for name in group.peers:
             if (peer := open_peer(name, self.task)) is not None:
                 self.contenders[name] = peer
+            else:
+                log.info("%s: there is no %s for this shape", group.shape, name)
 
     def _add(self, method: str, speed: Speed) -> None:
         name = f"{method} {speed}"
@@ -168,11 +173,11 @@ def _draw_for_memory(group: Group, device: str) -> None:
     in_turns(opened.contenders, replace(schedule, rounds=1, steps=min(4, schedule.image)))
 
 
-def decode_row(shape: str, images: int, device: torch.device, rounds: int = 5) -> dict:
-    """Time of decoding codes to pixels alone; in fp32, as always."""
+def measure_decoding(shape: str, images: int, device: torch.device, rounds: int) -> list[dict]:
+    """One row: the time of decoding codes to pixels alone; in fp32, as always."""
     backbone = open_backbone(shape, torch.float32, device, tokenizer=True)
     work = torch.no_grad()(partial(backbone.decode_images, random_codes(backbone, images)))
     work()
     _, middle, _ = quartiles([seconds(work, device) for _ in range(rounds)])
     about = {"shape": shape, "dtype": "fp32", "images": images, "contender": "codes to pixels"}
-    return {**about, "ms_per_image": 1e3 * middle / images}
+    return [about | {"ms_per_image": 1e3 * middle / images}]

@@ -124,12 +124,15 @@ def read_request(given: Mapping[str, object], allowed: Mapping[str, Limit]) -> R
 
 
 def model_words(options: ModelOptions) -> list[str]:
-    """The command-line options that select a model and how it is computed."""
+    """The command-line options that select a model and how it is computed; `Request.command` adds
+    --speculate.
+    """
     usual = ModelOptions()
     words: list[str] = []
     for prefix, own, plain in (("", options, usual), ("base.", options.base, usual.base)):
         for option in fields(plain):
             value = getattr(own, option.name)
-            if isinstance(value, str) and value != getattr(plain, option.name):
-                words += [f"--{prefix}{option.name.replace('_', '-')}", value]
+            if value != getattr(plain, option.name) and option.name not in ("base", "speculate"):
+                parts = value if isinstance(value, tuple) else (value,)
+                words += [f"--{prefix}{option.name.replace('_', '-')}", *map(str, parts)]
     return words

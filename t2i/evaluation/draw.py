@@ -18,14 +18,7 @@ from t2i.errors import UserError
 from t2i.evaluation.evaluation_options import ClassImages
 from t2i.evaluation.places import GenerationFolder, ImageArray, NumberedImages, Place
 from t2i.files import json_sha256, saving
-from t2i.generation import (
-    Drawn,
-    Job,
-    asked_ahead,
-    choose_run,
-    draw_images,
-    parse_conditions,
-)
+from t2i.generation import Drawn, Job, asked_ahead, choose_run, draw_images, parse_conditions
 from t2i.models.base import Backbone
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar

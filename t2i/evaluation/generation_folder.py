@@ -10,103 +10,23 @@
 `Inventory` checks a folder for everything that an evaluator would read.
 """
 
-import codecs
 import json
-import logging
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
 from t2i.errors import UserError, no_folder, shorten
-from t2i.files import read_json, reading, saving, write_text
+from t2i.files import read_json, saving, write_text
 from t2i.imaging import grid, save_png, upright_rgb
 from t2i.lfs import refuse_pointers
-from t2i.models.conditions import check_captions
-
-log = logging.getLogger(__name__)
 
 GENERATION_FILE = "generation.json"
 _MAX_GRID_IMAGES = 64
-_MARK = re.compile(r"""#|//|[-*\u2022]\s|\d+[.):]\s|.*\t|\[.*\]$|(["']).*\1,?$""")
-"""What a line of prompts may begin with or hold that is no part of a prompt."""
-_SETTINGS = frozenset(
-    ("seed", "negative_prompt", "cfg_scale", "guidance_scale", "steps", "width", "height")
-)
-"""Fields of prompts for other programs, which one might expect to be read."""
 SHEETS = {"grid.png", "stages.png"}
 _KNOWN = SHEETS | {"stages", "samples", "metadata.jsonl", GENERATION_FILE}
-
-
-def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
-    """Entries with at least a "prompt", from the command line and from a text or .jsonl file.
-
-    Raises:
-        UserError: no prompt at all, an unreadable file, or a bad line or prompt (the message says
-            which).
-    """
-    check_captions(prompts, "--prompt")
-    entries = [{"prompt": p} for p in prompts]
-    if path is not None:
-        with reading(f"prompt file {path}"):
-            lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-        suffix = path.suffix.lower()
-        if suffix in (".json", ".csv", ".tsv"):
-            raise UserError(
-                f"prompt file {path}: {suffix} files cannot be read; give a .txt file with one "
-                'prompt per line, or a .jsonl file with one {"prompt": "..."} per line'
-            )
-        parse = _parse_json_line if suffix == ".jsonl" else _parse_text_line
-        read = [parse(line, f"{path} line {i + 1}") for i, line in enumerate(lines) if line.strip()]
-        if parse is _parse_text_line:
-            _warn_of_marks(path, [entry["prompt"] for entry in read])
-        elif unread := sorted({key for entry in read for key in entry} & _SETTINGS):
-            log.warning(f"{path}: {', '.join(unread)}: not read; settings of drawing are options")
-        entries += read
-        if not entries:
-            raise UserError(f"prompt file {path} holds no prompt; give one per line")
-    if not entries or any(not e["prompt"].strip() for e in entries):
-        raise UserError("no prompt: give --prompt TEXT or --prompt-file FILE, none of them empty")
-    return entries
-
-
-def _warn_of_marks(path: Path, prompts: Sequence[str]) -> None:
-    """Warn about lines of a text file that seem to hold something else than a prompt."""
-    if marked := [text for text in prompts if _MARK.match(text)]:
-        log.warning(
-            f"{path}: {len(marked)} of {len(prompts)} lines are drawn as they are, but look like comments "
-            f"or items of a list or table ({marked[0]!r:.80})"
-        )
-
-
-def _parse_text_line(line: bytes, where: str) -> dict:
-    try:
-        text = line.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text: {error}") from error
-    if any(ord(c) < 32 and c != "\t" for c in text):
-        raise UserError(f"{where} is not text: it has control characters ({text[:80]!r})")
-    entry = None
-    with suppress(ValueError, RecursionError):
-        entry = json.loads(text)
-    if isinstance(entry, dict):
-        raise UserError(f"{where} is JSON: give the file a name that ends in .jsonl")
-    return {"prompt": text}
-
-
-def _parse_json_line(line: bytes, where: str) -> dict:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise UserError(f"{where} is not JSON: {error}") from error
-    prompt = entry.get("prompt") if isinstance(entry, dict) else None
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f'{where} has no text under "prompt"')
-    check_captions([prompt], where)
-    return entry
 
 
 def prompt_folder(index: int) -> str:
@@ -258,7 +178,7 @@ class Inventory:
             )
         if self.missing and not allow_missing:
             counts = {len(images) for images in self.found.values()}
-            fewer = f"if {min(counts)} a prompt is meant, give --samples {min(counts)}; else "
+            fewer = f"if you meant {min(counts)} per prompt, give --samples {min(counts)}; else "
             raise UserError(
                 f"{self.folder}: {len(self.missing)} of {self.expected} images are missing: "
                 f"{shorten(self.missing)}{self._unread_note()}; {fewer if len(counts) == 1 else ''}"

@@ -168,21 +168,26 @@ class GenerationFolder(Place):
         return any(self.out.glob("[0-9]*/samples/*")) or any(self.out.glob("[0-9]*/stages/*"))
 
     def _begin(self, settings: dict) -> None:
-        stopped, names = self.record.is_file(), sorted(path.name for path in self.out.glob("*"))
-        others = [name for name in names if is_image(Path(name)) and name not in SHEETS]
-        if not (stopped or self.is_occupied()) and (sheets := SHEETS.intersection(names)):
+        stopped = self.record.is_file()  # a run that drew nothing
+        if not (stopped or self.is_occupied()):
+            self._look_at_others()
+        super()._begin(settings)
+        for metadata in self.out.glob("[0-9]*/metadata.jsonl") if stopped else ():
+            metadata.unlink()
+            with suppress(OSError):
+                metadata.parent.rmdir()
+
+    def _look_at_others(self) -> None:
+        """UserError for a sheet that would be overwritten, a warning for any other image."""
+        names = sorted(path.name for path in self.out.glob("*"))
+        if sheets := SHEETS.intersection(names):
             raise UserError(
                 f"{self.out / min(sheets)} would be overwritten, and is not a sheet of images that "
                 "were drawn there; move it, or give another --out"
             )
-        if others and not stopped:
+        if others := [name for name in names if is_image(Path(name))]:
             text = "%s holds other images (%s, ...); sheets and folders are written next to them"
             log.warning(text, self.out, others[0])
-        super()._begin(settings)
-        for metadata in self.out.glob("[0-9]*/metadata.jsonl") if stopped else ():
-            metadata.unlink()  # left by the run that drew nothing
-            with suppress(OSError):
-                metadata.parent.rmdir()
 
     def missing(self, batch: Sequence[Job]) -> set[Job]:
         return {job for job in batch if not self._has(job)}

@@ -107,21 +107,12 @@ def read_results(out: Path) -> tuple[dict, list[dict]]:
     """The content of results.json and results.jsonl.
 
     Raises:
-        UserError: the folder holds no finished results.
-    """
-    try:
-        return read_object(out / RESULTS_FILE), read_json_lines(out / ROWS_FILE)
-    except UserError as error:
-        raise UserError(f"{out} holds no finished results ({error})") from error
-
-
-def read_whole_results(out: Path) -> tuple[dict, list[dict]]:
-    """Like `read_results`; also checks that results.json has what a benchmark writes.
-
-    Raises:
         UserError: the folder holds no finished results, or they are not a benchmark's.
     """
-    results, rows = read_results(out)
+    try:
+        results, rows = read_object(out / RESULTS_FILE), read_json_lines(out / ROWS_FILE)
+    except UserError as error:
+        raise UserError(f"{out} holds no finished results ({error})") from error
     kinds = {"benchmark": str, "label": str, "decimals": int, "scores": dict, "judge": dict}
     kinds |= {"images": str, "status": str}
     wrong = [name for name, kind in kinds.items() if not isinstance(results.get(name), kind)]
@@ -143,7 +134,7 @@ def table(results: dict) -> str:
 def score_table(scores: Sequence[Score], title: str, digits: int) -> str:
     """A markdown table headed `title`: one line per name, columns for each way of counting."""
     ways, rows = by_way(scores)
-    columns = "".join(f" {way or 'mean'} | ± | images | prompts |" for way in ways)
+    head = [title, *(c for way in ways for c in (way or "mean", "±", "images", "prompts"))]
     lines = []
     for name, of_ways in rows.items():
         bold = "**" if any(score.headline for score in of_ways.values()) else ""
@@ -157,7 +148,7 @@ def score_table(scores: Sequence[Score], title: str, digits: int) -> str:
             cells += [f"{bold}{score.mean:.{digits}f}{bold}", error]
             cells += [str(score.images), str(score.prompts)]
         lines.append(cells)
-    return markdown_table(f"| {title} |{columns}", lines)
+    return markdown_table(head, lines)
 
 
 def notebook_table(scores: Sequence[Score], title: str, digits: int) -> str:
@@ -167,10 +158,11 @@ def notebook_table(scores: Sequence[Score], title: str, digits: int) -> str:
     return score_table(shown, title, digits)
 
 
-def markdown_table(head: str, rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table; `head` holds the column names between bars."""
-    lines = [head, "|" + "---|" * (head.count("|") - 1)]
-    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A markdown table with these column names."""
+    texts = ([str(cell).replace("|", "\\|") for cell in cells] for cells in (head, *rows))
+    first, *others = (f"| {' | '.join(cells)} |" for cells in texts)
+    return "\n".join([first, "|" + "---|" * len(head), *others])
 
 
 def by_way(scores: Sequence[Score]) -> tuple[list[str], dict[str, dict[str, Score]]]:
@@ -213,8 +205,8 @@ def compare_folders(
     Raises:
         UserError: a folder has no results, or their benchmarks, judges or prompts differ.
     """
-    results_a, rows_a = read_whole_results(a)
-    results_b, rows_b = read_whole_results(b)
+    results_a, rows_a = read_results(a)
+    results_b, rows_b = read_results(b)
     who_a, who_b = _who(results_a), _who(results_b)
     if who_a != who_b:
         raise UserError(
@@ -237,7 +229,6 @@ def compare_folders(
     versions = [results["judge"].get("versions") for results in (results_a, results_b)]
     if versions[0] != versions[1]:
         notes.append(f"judged with different versions: {versions[0]} and {versions[1]}\n")
-    head = f"{results_a['benchmark']}: {results_a['label']}"
     lines = []
     shown = {"overall": overall, **by_group} if mean_of_groups else by_group
     for name, difference in shown.items():
@@ -247,8 +238,9 @@ def compare_folders(
         f"A: {a}\nB: {b}\n± and interval: paired bootstrap over prompts; "
         "* if the interval excludes 0."
     )
-    columns = f"| {head} | A | B | B - A | ± | 95 % interval | prompts |"
-    return "\n".join([f"{legend}\n", *notes, markdown_table(columns, lines)])
+    title = f"{results_a['benchmark']}: {results_a['label']}"
+    head = (title, "A", "B", "B - A", "±", "95 % interval", "prompts")
+    return "\n".join([f"{legend}\n", *notes, markdown_table(head, lines)])
 
 
 def _who(results: dict) -> dict:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from t2i.errors import UserError
 from t2i.evaluation.generation_folder import (
@@ -117,16 +116,16 @@ def open_column(name: str, folder: Path) -> Column:
 
 def _with_verdicts(folder: Path) -> tuple[Path, ByImage, str]:
     """The folder of images, their verdicts, and the judge."""
-    images, results, rows = folder, dict[str, Any](), list[dict]()
-    if (folder / RESULTS_FILE).is_file():
-        results, rows = read_results(folder)
-        images = folder / results["images"]
-    elif (folder.parent / RESULTS_FILE).is_file():
-        found, of_them = read_results(folder.parent)
-        if found["images"] == image_source(folder.parent, folder):
-            results, rows = found, of_them
-    judge = f"{results['benchmark']}: {results['label']}" if results else ""
-    return images, {_job_of(row["filename"]): _verdict(row) for row in rows}, judge
+    out = next((f for f in (folder, folder.parent) if (f / RESULTS_FILE).is_file()), None)
+    if out is None:
+        return folder, {}, ""
+    results, rows = read_results(out)
+    if out == folder:
+        folder = out / results["images"]
+    elif results["images"] != image_source(out, folder):
+        return folder, {}, ""  # results of other images
+    verdicts = {_job_of(row["filename"]): _verdict(row) for row in rows}
+    return folder, verdicts, f"{results['benchmark']}: {results['label']}"
 
 
 def _job_of(name: str) -> Job:

@@ -24,18 +24,14 @@ from t2i.errors import UserError, shorten
 from t2i.evaluation.draw import check_prompts, draw_prompts, prompts_digest
 from t2i.evaluation.evaluation_options import BenchmarkOptions, Scope
 from t2i.evaluation.gallery import Card, Exhibit, write_gallery
-from t2i.evaluation.generation_folder import (
-    Inventory,
-    read_generation,
-    take_inventory,
-)
+from t2i.evaluation.generation_folder import Inventory, read_generation, take_inventory
 from t2i.evaluation.judging import Judge, Verdicts, collect, judge_images
 from t2i.evaluation.results import (
     RESULTS_FILE,
     Coverage,
     Score,
     image_source,
-    read_whole_results,
+    read_results,
     table,
     versions,
     write_results,
@@ -118,12 +114,10 @@ def evaluate(
         draw_prompts(model, entries, jobs, folder, draw or DrawOptions(), processes)
 
     def check() -> None:
-        inventory = take_inventory(folder, entries, selected, scope.samples)
-        inventory.check(allow_missing=scope.allow_incomplete)
-        if inventory.unread:
-            log.warning("%s: names that are not read: %s", folder, shorten(inventory.unread))
+        found = check_images(folder, entries, scope, out)
+        if found.unread:
+            log.warning("%s: names that are not read: %s", folder, shorten(found.unread))
         read_generation(folder)  # raises for a damaged file before any image is judged
-        claim_output(out, folder)
 
     processes.on_main(check)
     inventory = take_inventory(folder, entries, selected, scope.samples)
@@ -132,7 +126,7 @@ def evaluate(
     if processes.is_main:
         _report(benchmark, out, inventory, verdicts, scope)
     processes.barrier()
-    return read_whole_results(out)[0]
+    return read_results(out)[0]
 
 
 def _check_kind(name: str, given: object, kind: type) -> None:
@@ -140,14 +134,16 @@ def _check_kind(name: str, given: object, kind: type) -> None:
         raise UserError(f"{name} is {given!r:.80}: evaluate takes a {kind.__name__} there")
 
 
-def look_at_names(folder: Path, entries: Sequence[dict], scope: Scope, out: Path) -> None:
-    """Before a judge is loaded: UserError if a folder of images cannot be judged, or the output
-    folder holds the results of other images.
+def check_images(folder: Path, entries: Sequence[dict], scope: Scope, out: Path) -> Inventory:
+    """The images of a folder, by name: none of them is opened.
+
+    Raises:
+        UserError: they cannot be judged, or the output folder holds the results of other images.
     """
-    selected = scope.select(len(entries))
-    inventory = take_inventory(folder, entries, selected, scope.samples)
+    inventory = take_inventory(folder, entries, scope.select(len(entries)), scope.samples)
     inventory.check(allow_missing=scope.allow_incomplete)
     claim_output(out, folder)
+    return inventory
 
 
 def claim_output(out: Path, images: Path) -> None:
@@ -158,7 +154,7 @@ def claim_output(out: Path, images: Path) -> None:
     """
     writable_folder(out)
     if (out / RESULTS_FILE).is_file():
-        before = read_whole_results(out)[0]["images"]
+        before = read_results(out)[0]["images"]
         if before != image_source(out, images):
             raise UserError(f"{out} holds the results of {before}; give another --out")
 
@@ -240,7 +236,7 @@ def run(
                 claim_output(out, out / "images")
                 check_prompts(out / "images", entries, options.seed)
             elif arrange is None:
-                look_at_names(images, entries, options.scope, out)
+                check_images(images, entries, options.scope, out)
 
         processes.on_main(claim)
         copy = arrange(out, processes) if images is not None and arrange is not None else None

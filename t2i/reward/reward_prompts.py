@@ -12,7 +12,7 @@ from pathlib import Path
 from geneval.prompts import TAGS, draw_prompts, official_prompts
 from t2i.data.order import sample_index
 from t2i.errors import UserError
-from t2i.evaluation.generation_folder import read_prompts
+from t2i.evaluation.prompt_files import read_prompts
 from t2i.files import text_sha256
 from t2i.reward.reward_options import RewardOptions
 from t2i.shapes.shapes_prompts import all_prompts, benchmark_prompts, every_prompt, is_held_out

@@ -15,7 +15,7 @@ from dpg_bench.questions import Question, item_problems
 from dpg_bench.score import score_image
 from geneval.detector import Detections, Detector
 from geneval.detectors import CLIP, load_detector
-from geneval.rules import RuleOptions, check_schema, check_vocabulary, decide, warn_of_doubts
+from geneval.rules import RuleOptions, check_entries, decide, name_colors
 from t2i.errors import UserError
 from t2i.reward.reward_options import RewardOptions
 from t2i.shapes.shapes_questions import ANY_SHAPE, PLAIN_BACKGROUND, questions_of
@@ -92,19 +92,14 @@ class GenEvalReward:
 
     def check(self, entries: Entries) -> None:
         """UserError for metadata that is not GenEval's, or has classes unknown to the detector."""
-        for place, entry in enumerate(entries):
-            check_vocabulary(check_schema(entry, f"prompt {place}"), self.detector)
-        warn_of_doubts(entries)
+        check_entries(entries, self.detector)
 
     def __call__(self, images: Images, metadata: Entries) -> list[float]:
         return [self._of(image, entry) for image, entry in zip(images, metadata, strict=True)]
 
     def _of(self, image: Image.Image, entry: Mapping) -> float:
         detections = self.detector.detect(image)
-
-        def colors_of(name: str, indices: Sequence[int]) -> list[str]:
-            return self.detector.classify_colors(image, name, detections[name].take(indices))
-
+        colors_of = name_colors(image, self.detector, detections)
         if self.soft:
             return soft_credit(entry, detections, colors_of)
         return float(decide(entry, detections, colors_of).correct)

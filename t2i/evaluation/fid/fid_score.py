@@ -77,11 +77,7 @@ class MeasuredSet(NamedTuple):
 
 
 def measure(
-    path: str | Path,
-    network: Inception,
-    *,
-    batch_size: int,
-    description: str,
+    path: str | Path, network: Inception, *, batch_size: int, description: str
 ) -> MeasuredSet:
     """Features and statistics of an .npz file or a folder of images, on the network's device.
 
@@ -279,7 +275,9 @@ def check_inputs(samples: str | Path, reference: str | Path, *, allow_fewer: boo
         sets, least = [images, open_images(reference)], NEIGHBOUR + 1
     for one in sets:
         if one.count < least:
-            raise UserError(f"{one.path} holds {one.count} images; these scores need {least}")
+            raise UserError(
+                f"{one.path} holds {one.count} images; these scores need at least {least}"
+            )
     if has_statistics(reference):
         _stored_statistics(Path(reference), torch.device("cpu"))
     return images
@@ -314,8 +312,7 @@ def table(results: dict) -> str:
     }
     values = [results["scores"][name] for name in names]
     cells = ["-" if value is None else f"{value:.4f}" for value in values]
-    head = f"| images | {' | '.join(names.values())} |"
-    text = markdown_table(head, [[f"{results['n']:,}", *cells]])
+    text = markdown_table(["images", *names.values()], [[f"{results['n']:,}", *cells]])
     return text if results["status"] == "complete" else f"{text}\n\n{results['status']}"
 
 
