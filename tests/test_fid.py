@@ -443,8 +443,8 @@ def test_the_program(tmp_path, network, monkeypatch, capsys):
             ("--reference", "samples"),
             f"holds the scores of {tmp_path}/samples against {tmp_path}/ref",
         ),
-        (("--out", "notes.json"), "notes.json holds something else than scores; give another"),
-        (("--out", "text.npz"), "text.npz holds something else than scores; give another"),
+        (("--out", "notes.json"), "notes.json holds something other than scores; give another"),
+        (("--out", "text.npz"), "text.npz holds something other than scores; give another"),
     ):
         with pytest.raises(SystemExit):
             run("--allow-fewer", "--out", "here/results.json", *more)

@@ -59,7 +59,7 @@ def _read_file(path: Path) -> list[dict]:
 
 
 def _warn_of_marks(path: Path, prompts: Sequence[str]) -> None:
-    """Warn about lines of a text file that seem to hold something else than a prompt."""
+    """Warn about lines of a text file that seem to hold something other than a prompt."""
     if marked := [text for text in prompts if _MARK.match(text)]:
         log.warning(
             f"{path}: {len(marked)} of {len(prompts)} lines look like comments, or items of a list "

@@ -296,7 +296,7 @@ def refuse_other_scores(out: Path, samples: Path, reference: Path) -> None:
         what = (
             f"the scores of {there[0]} against {there[1]}"
             if all(there)
-            else "something else than scores"
+            else "something other than scores"
         )
         raise UserError(f"{out} holds {what}; give another --out, or delete it")
 
