@@ -22,6 +22,7 @@ from launch.lab.long_grid import LongGrid, do_what_is_left, planned
 from launch.lab.result_lines import estimate, over_seeds, rates, results
 from t2i import cli
 from t2i.evaluation.results import markdown_table
+from t2i.fields import given_options
 from t2i.files import write_text
 
 
@@ -52,26 +53,21 @@ class Ablation:
     device: str = "auto"
     """auto, cpu or cuda."""
     tiny: bool = False
-    """A few steps, scenes and images: the numbers mean nothing."""
+    """A few steps, scenes and images, unless they are given: the numbers mean nothing."""
 
     def grid(self) -> LongGrid:
         shared = {f.name: getattr(self, f.name) for f in fields(self)}
         base = shared.pop("base")
         del shared["tiny"]
         grid = LongGrid("ablation", bases=(f"base={base}",), **shared)
-        if not self.tiny:
-            return grid
-        return replace(
-            grid,
-            steps=2,
-            batch_size=2,
-            images=16,
-            held_out=4,
-            workers=0,
-            samples=1,
-            prompts_per_task=2,
-            draw_batch=6,
-        )
+        tiny = _TINY if self.tiny else {}
+        return replace(grid, **{k: v for k, v in tiny.items() if k not in given_options(self)})
+
+
+_TINY = {
+    **{"steps": 2, "batch_size": 2, "images": 16, "held_out": 4, "workers": 0},
+    **{"samples": 1, "prompts_per_task": 2, "draw_batch": 6},
+}
 
 
 ROWS = {

@@ -31,6 +31,7 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.errors import UserError, choose_one
+from t2i.fields import given_options
 from t2i.sampling import Speed, check_counts
 
 if TYPE_CHECKING:
@@ -102,6 +103,19 @@ class SpeedBenchmark:
             raise UserError(f"steps={self.steps} must be a number of steps, or 0 for all")
         if not self.images or min(self.images) < 1:
             raise UserError(f"images={self.images} must be one or more numbers of at least 1")
+        for kind, names in _READ_BY.items():
+            if kind not in self.what and (unread := [k for k in given_options(self) if k in names]):
+                raise UserError(
+                    f"{', '.join(unread)} would have no effect, as only {kind} reads it, and what "
+                    f"is measured is {', '.join(self.what)}: leave it out, or add {kind}"
+                )
+
+
+_READ_BY = {
+    "sampling": ("images", "speeds", "peers", "llamagen", "guidance", "top_k", "steps", "decode"),
+    "training": ("batch", "naive", "recompute", "compiled"),
+}
+"""Options that only one kind of measurement reads."""
 
 
 def groups(config: SpeedBenchmark, device: "torch.device", machine: "Machine") -> Iterator[tuple]:

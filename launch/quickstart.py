@@ -55,8 +55,13 @@ def main() -> None:
     config = cli.parse(Quickstart, __doc__)
     from t2i.files import owning
 
-    for name in (config.control, *config.recipes):
-        run_config(config, name)  # refuses an unknown recipe before any work
+    base = run_config(config, config.control).backbone.weights
+    for name in config.recipes:  # before any work
+        if (own := run_config(config, name).backbone.weights) != base:
+            raise UserError(
+                f"{name} starts from {own}, but its control {config.control} from {base}: give "
+                "--control and --recipes that start from the same base"
+            )
     with owning(config.out, "quickstart folder"):
         compare(config)
 

@@ -340,6 +340,8 @@ def test_bad_options_are_refused(tmp_path, capsys):
         "sampling", "--shapes", "tiny-class", "--speeds", "graphs"
     )
     assert "is no checkout of LlamaGen" in message("--llamagen", tmp_path)
+    assert "decode would have no effect, as only sampling" in message("training", "--decode")
+    assert "naive would have no effect, as only training" in message("scaling", "--naive")
 
 
 def test_a_group_that_does_not_fit_into_memory_is_a_row(tmp_path, monkeypatch):

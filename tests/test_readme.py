@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from programs import refused
 
 from launch import quickstart
 from t2i import cli
@@ -111,3 +112,10 @@ def test_quickstart_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "results.json").is_file()
     for row in ("| base |", "| shapes-control |", f"| {quickstart.Quickstart().recipes[0]} |"):
         assert row in printed
+
+
+def test_the_quickstart_compares_models_of_one_base(tmp_path, capsys):
+    given = ("--recipes", "shapes-janus-lora", "--out", tmp_path / "out")
+    said = "shapes-janus-lora starts from shapes-janus, but its control shapes-control from shapes"
+    assert said in refused(quickstart, capsys, *given)
+    assert not (tmp_path / "out").exists()

@@ -163,6 +163,12 @@ def test_an_empty_grid(options, message):
         Ablation(**options).grid()
 
 
+def test_a_tiny_ablation_keeps_what_is_given():
+    """It used to take 2 steps whatever was given."""
+    grid = Ablation(tiny=True, steps=5).grid()
+    assert (grid.steps, grid.batch_size, grid.samples) == (5, 2, 1)
+
+
 # -- drawing ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("given", "own", "message"),

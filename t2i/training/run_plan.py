@@ -136,7 +136,8 @@ def about_settings(config: TrainConfig, plan: Plan) -> Iterator[str]:
             "curves once it does"
         )
     method = config.method
-    if 0 < method.own_drafts < 1 and not method.anneal and plan.steps > _LONG and method.k > 1:
+    drafts = method.k > 1 and config.learns_from_data
+    if drafts and 0 < method.own_drafts < 1 and not method.anneal and plan.steps > _LONG:
         yield (
             f"{plan.steps} steps with method.own_drafts={method.own_drafts:g}: for more than "
             f"{_LONG}, docs/recipe.md recommends own drafts alone (--method.own-drafts 1)"
