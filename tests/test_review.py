@@ -263,6 +263,14 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
         write_review(tmp_path / "r", [open_column("x", tmp_path / "a")], title="t")
 
 
+def test_results_of_another_program_are_no_verdicts(tmp_path):
+    """The folder used to be refused, for FID's scores of it, say."""
+    folder = _folder(tmp_path / "a", RED)
+    for place in (tmp_path, folder):
+        write_json(place / "results.json", {"benchmark": "FID (ADM)"})
+    assert not open_column("x", folder).verdicts
+
+
 def test_the_program_draws_what_is_missing(tmp_path, shapes_ckpt, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = [

@@ -26,7 +26,7 @@ from t2i.evaluation.generation_folder import (
     read_generation,
     sample_file,
 )
-from t2i.evaluation.results import RESULTS_FILE, image_source, read_results
+from t2i.evaluation.results import RESULTS_FILE, ROWS_FILE, image_source, read_results
 from t2i.files import json_sha256, read_json, saving, writable_folder, write_text
 from t2i.generation import Job
 from t2i.pages import embedded_json, html_page
@@ -116,7 +116,9 @@ def open_column(name: str, folder: Path) -> Column:
 
 def _with_verdicts(folder: Path) -> tuple[Path, ByImage, str]:
     """The folder of images, their verdicts, and the judge."""
-    out = next((f for f in (folder, folder.parent) if (f / RESULTS_FILE).is_file()), None)
+    both = RESULTS_FILE, ROWS_FILE  # other programs write a results.json, too
+    places = (folder, folder.parent)
+    out = next((f for f in places if all((f / name).is_file() for name in both)), None)
     if out is None:
         return folder, {}, ""
     results, rows = read_results(out)
