@@ -28,7 +28,7 @@ def append(out: Path, lines: Sequence[dict], shown: Sequence[str]) -> None:
     """Append the lines, and print their `shown` fields. A lock keeps the lines together if other
     processes append to the file as well.
     """
-    with open(out / "results.jsonl", "a") as file:
+    with open(out / "results.jsonl", "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write("".join(json.dumps(line, default=str) + "\n" for line in lines))
     for line in lines:
