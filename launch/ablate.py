@@ -12,7 +12,7 @@ and over prompts).
 """
 
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 if not __package__:  # run from a clone, without installation
@@ -59,14 +59,21 @@ class Ablation:
         shared = {f.name: getattr(self, f.name) for f in fields(self)}
         base = shared.pop("base")
         del shared["tiny"]
-        grid = LongGrid("ablation", bases=(f"base={base}",), **shared)
-        tiny = _TINY if self.tiny else {}
-        return replace(grid, **{k: v for k, v in tiny.items() if k not in given_options(self)})
+        if self.tiny:
+            given = given_options(self)
+            shared |= {name: few for name, few in _TINY.items() if name not in given}
+        return LongGrid("ablation", bases=(f"base={base}",), **shared)
 
 
 _TINY = {
-    **{"steps": 2, "batch_size": 2, "images": 16, "held_out": 4, "workers": 0},
-    **{"samples": 1, "prompts_per_task": 2, "draw_batch": 6},
+    "steps": 2,
+    "batch_size": 2,
+    "images": 16,
+    "held_out": 4,
+    "workers": 0,
+    "samples": 1,
+    "prompts_per_task": 2,
+    "draw_batch": 6,
 }
 
 
