@@ -11,7 +11,7 @@ from pathlib import Path
 
 from geneval.prompts import TAGS, draw_prompts, official_prompts
 from t2i.data.order import sample_index
-from t2i.errors import UserError
+from t2i.errors import UserError, choose_one
 from t2i.evaluation.prompt_files import read_prompts
 from t2i.files import text_sha256
 from t2i.reward.reward_options import RewardOptions
@@ -95,7 +95,7 @@ def training_prompts(options: RewardOptions, seed: int) -> PromptPool:
 
 def _of_task(task: str, words: str) -> list[dict]:
     if task not in TAGS:
-        raise UserError(f"reward.tasks: unknown {task!r}; choose from {', '.join(TAGS)}")
+        raise UserError(f"reward.tasks: unknown {task!r}; {choose_one(task, TAGS)}")
     return all_prompts(task) if words == "shapes" else _official()[task]
 
 
