@@ -79,21 +79,23 @@ def walk(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
             left_out.append((f"{name}/", "unreadable folder"))
             continue
         for entry in entries:
-            path, kind = Path(entry.path), _kind(entry)
-            name = printable(os.path.relpath(path, folder))
+            path, kind, reason = Path(entry.path), _kind(entry), ""
             if is_hidden(entry.name):
                 if kind == "folder" and not entry.is_symlink() and holds_images(path):
-                    left_out.append((f"{name}/", "hidden folder"))
+                    reason = "hidden folder"
                 elif kind != "folder" and is_image(path):
-                    left_out.append((name, "hidden file"))
+                    reason = "hidden file"
             elif kind == "folder":
                 (links if entry.is_symlink() else pending).append(path)
             elif kind == "file":
                 files.append(path)
                 if path.suffix.lower() in UNREAD_SUFFIXES:
-                    left_out.append((name, "format that is not read"))
+                    reason = "format that is not read"
             else:
-                left_out.append((name, kind))
+                reason = kind
+            if reason:
+                name = printable(os.path.relpath(path, folder))
+                left_out.append((f"{name}/" if reason == "hidden folder" else name, reason))
     return sorted(files), sorted(left_out)
 
 
@@ -273,7 +275,8 @@ class SidecarFolder(Source):
         self._folder = folder
         self._images = images
         captions = [path for path in files if _is_caption_file(path)]
-        strange = {path for path in captions if not _may_be_caption(path.resolve())}
+        links = [path for path in captions if path.is_symlink()]
+        strange = {path for path in links if not _may_be_caption(path.resolve())}
         self._texts = _match_captions(images, [path for path in captions if path not in strange])
         bare = [image for image, text in self._texts.items() if text is None]
         stems = {*bare, *(image.with_suffix("") for image in bare)}  # of a.png.txt and a.json
