@@ -438,7 +438,7 @@ def run_here(folder: Path, code: str, *arguments: str, **environment: str):
 
 def test_a_deleted_working_directory_is_reported(tmp_path):
     """Without the check, libraries would fail while they are imported."""
-    code = "import os; os.rmdir(os.getcwd())\nfrom launch import generate as g; g.cli.run(g.main)"
+    code = "import os; from launch import generate as g; os.rmdir(os.getcwd()); g.cli.run(g.main)"
     done = run_here(tmp_path, code)
     assert done.returncode == 1 and done.stderr.count(b"\n") == 1
     assert b"error: the folder in which this was started has been deleted" in done.stderr
