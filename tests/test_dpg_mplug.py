@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from dpg_bench.mplug.bert import BertConfig
@@ -13,6 +14,7 @@ from dpg_bench.mplug.decoder import beam_search
 from dpg_bench.mplug.mplug_answerer import MPlugAnswerer, load_tokenizer, preprocess, write_out
 from dpg_bench.mplug.mplug_model import MPlug, MPlugConfig
 from dpg_bench.questions import Question
+from t2i.errors import UserError
 
 TINY = Path(__file__).parent / "golden" / "dpg_mplug" / "with_visn_fc"
 START, A, B, END = range(4)
@@ -123,6 +125,7 @@ def test_identity_names_weights_and_hash(judge):
     identity = judge.identity()
     assert identity["judge"] == "mplug" and identity["weights"] == "with_visn_fc"
     assert all(len(value) == 64 for value in identity["sha256"].values())
+    assert MPlugAnswerer.load(TINY, source="owner/repo").identity()["weights"] == "owner/repo"
 
 
 def test_a_judge_with_another_configuration_is_another_judge(tmp_path, judge):
@@ -252,6 +255,16 @@ def test_a_missing_file_is_named(tmp_path, name):
     shutil.copytree(TINY, folder)
     (folder / name).unlink()
     with pytest.raises(ValueError, match=name):
+        MPlugAnswerer.load(folder)
+
+
+@pytest.mark.parametrize("width", [96, 64])
+def test_the_two_widths_of_the_vision_tower_must_agree(tmp_path, width):
+    """96 is no multiple of a head's width either."""
+    folder = copy_with(tmp_path, lambda weights: None)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"clip_vision_width": width}))
+    with pytest.raises(UserError, match=f"clip_vision_width {width} must equal vision_width"):
         MPlugAnswerer.load(folder)
 
 

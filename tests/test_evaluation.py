@@ -377,6 +377,13 @@ def test_only_comparable_folders_are_compared(images, tmp_path):
     evaluate(Bright(), tmp_path / "b", images=images, scope=SCOPE)
     text = compare_folders(tmp_path / "a", tmp_path / "b", groups_of)
     assert "| **overall** | 0.50 | 0.75 | +0.25 | 0.12 | +0.00 to +0.50 | 4 |" in text
+    for index in range(4):
+        save_png(Image.new("RGB", (8, 8), "white"), images / f"{index:05d}/samples/00000.png")
+    evaluate(Bright(), tmp_path / "w", images=images, scope=SCOPE)
+    text = compare_folders(tmp_path / "a", tmp_path / "w", groups_of)
+    assert "| +0.50 | 0.00 | +0.50 to +0.50 * | 4 |" in text
+    text = compare_folders(tmp_path / "w", tmp_path / "a", groups_of)
+    assert "| -0.50 | 0.00 | -0.50 to -0.50 * | 4 |" in text
     for other, message in (
         ("c", "not about the same prompts"),
         ("d", "judged differently"),
