@@ -383,8 +383,8 @@ def test_missing_and_empty_sources(tmp_path, monkeypatch):
     (tmp_path / "note.md").write_text("x")
     with pytest.raises(ValueError, match="holds no images, no parquet files and no tars"):
         open_source(tmp_path / "empty")
-    for missing in (tmp_path / "nowhere", "./nowhere", "nowhere"):
-        with pytest.raises(ValueError, match="nowhere does not exist"):
+    for missing in (tmp_path / "nowhere", "./nowhere", "nowhere", "lost/nowhere.tar"):
+        with pytest.raises(ValueError, match=r"nowhere(\.tar)? does not exist"):
             open_source(missing)
     with pytest.raises(ValueError, match=r"neither \.parquet nor \.tar"):
         open_source(tmp_path / "note.md")

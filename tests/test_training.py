@@ -317,3 +317,15 @@ def test_a_run_writes_its_page(tiny_world):
     both = (">own_drafts/slot0", ">noised_truth/slot0")
     assert page.count(">slot") == 3 + 2 * 2 and all(name in page for name in (*sheets, *both))
     assert json.loads((run_dir / "config.json").read_text())["steps"] == 5
+
+
+def test_a_first_look(tiny_world):
+    """With `log.at_start`, losses and a sheet show the model before it learns anything."""
+    options = {"log__at_start": True, "log__sample_every": 5, "log__log_every": 5}
+    train(tiny_run(tiny_world, "first-look", steps=1, batch_size=4, **options))
+    run_dir = tiny_world / "runs" / "first-look"
+    before, after = (row["validation/own_drafts/slot0"] for row in read_metrics(run_dir))
+    assert [row["step"] for row in read_metrics(run_dir)] == [0, 1] and before != after
+    sheets = sorted(p.name for p in (run_dir / "samples").iterdir())
+    assert sheets == ["step_000000.png", "step_000001.png"]
+    assert all(name in (run_dir / "index.html").read_text() for name in sheets)
