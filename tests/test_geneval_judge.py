@@ -114,6 +114,17 @@ def rows_of(rates, per_prompt=4):
     ]
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(0.34, 2), (0.33, 1)])
+def test_boxes_that_overlap_too_much_are_one_object(limit, kept):
+    """A side from 0 to 9 is ten pixels long, so that these two boxes share a third of their union
+    (0.286 if it were nine).
+    """
+    entry = {"prompt": "", "tag": "counting", "include": [{"class": "bus", "count": 1}]}
+    found = Detections(np.array([[0, 0, 9, 9], [5, 0, 14, 9]]), np.array([0.99, 0.98]))
+    verdict = decide(entry, {"bus": found}, lambda *_: [], RuleOptions(max_overlap=limit))
+    assert verdict.correct and list(verdict.kept["bus"]) == list(range(kept))
+
+
 def test_standard_errors_cluster_by_prompt():
     rng = np.random.default_rng(0)
     independent = rows_of({"colors": rng.binomial(4, 0.5, 200)})
