@@ -245,6 +245,7 @@ def test_training_prompts_are_not_those_of_a_benchmark(words):
     assert not asked & {m["prompt"] for m in [*official_prompts(), *benchmark_prompts()]}
     assert not asked & held_out and not asked & set(shapes_questions().prompts.values())
     assert pool.left_out > 100 and len(asked) > 1000
+    assert all(e["tag"] == task for task, entries in pool.tasks.items() for e in entries)
     if words == "shapes":
         assert len(pool.tasks["counting"]) == 4, "24 less the benchmark's 20"
 
