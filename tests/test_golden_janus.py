@@ -27,7 +27,7 @@ from t2i.errors import UserError
 from t2i.models.base import LoadOptions
 from t2i.models.janus.janus_model import Janus
 from t2i.models.janus.janus_prompts import JanusPrompts
-from t2i.models.janus.janus_weights import EMBEDDING, HEAD
+from t2i.models.janus.janus_weights import EMBEDDING, HEAD, to_transformers
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
@@ -63,6 +63,14 @@ def layout(request):
 @pytest.fixture(scope="module")
 def case(layout):
     return layout[0]
+
+
+def test_both_layouts_are_the_same_weights_under_transformers_names(layout):
+    case, folder = layout
+    theirs = read_folder(case.folder / case.config["hf_dir"])
+    ours = to_transformers(read_folder(folder))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @cache
