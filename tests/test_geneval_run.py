@@ -6,11 +6,12 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, WIDTH, open_browser, phone_in_the_dark
 from helpers import folder_content, tiny_llamagen, tiny_vq
-from PIL import Image
+from PIL import Image, ImageColor
 from programs import (
     assert_two_do_what_one_does,
     numbers,
@@ -24,9 +25,11 @@ import geneval
 import t2i
 from geneval import detectors, run
 from geneval.detector import Detections
+from geneval.geneval_benchmark import draw_masks
 from geneval.object_names import OBJECT_NAMES
 from geneval.prompts import metadata_line, official_prompts
-from geneval.rules import COLORS
+from geneval.rules import COLORS, Verdict
+from t2i.charts import TINTS
 from t2i.checkpoint import save_pretrained
 from t2i.evaluation import draw, places
 from t2i.imaging import save_png
@@ -317,3 +320,28 @@ def test_shapes_prompts_are_those_of_the_quickstart():
     from geneval.geneval_benchmark import load_prompts
 
     assert load_prompts("shapes") == benchmark_prompts(seed=0, per_tag=20)
+
+
+def test_masks_of_a_failure():
+    """Hatched, in the colors of their classes; the most confident is on top."""
+    masks = np.zeros((2, 20, 40), bool)
+    masks[0, :, :20] = masks[1, :, 10:] = True
+    boxes = np.array([[0, 0, 20, 20], [10, 0, 40, 20]])
+    found = {
+        "cat": Detections(boxes[:1], np.array([0.4]), masks[:1]),
+        "dog": Detections(boxes[1:], np.array([0.9]), masks[1:]),
+    }
+    verdict = Verdict(False, "", {}, {"cat": [0], "dog": [0]})
+    overlay = draw_masks((40, 20), found, verdict)
+    assert overlay.size == (40, 20) and overlay.info["transparency"] == 0
+    label_HW = np.asarray(overlay)
+    shown = label_HW > 0
+    assert shown.mean() == 0.25, "one of four diagonals"
+    assert set(label_HW[:, :10][shown[:, :10]]) == {1} and set(label_HW[:, 10:][shown[:, 10:]]) == {
+        2
+    }
+    colors = np.asarray(overlay.convert("RGB"))
+    assert {tuple(c) for c in colors[:, :10][shown[:, :10]]} == {ImageColor.getrgb(TINTS[0])}
+    assert {tuple(c) for c in colors[:, 10:][shown[:, 10:]]} == {ImageColor.getrgb(TINTS[1])}
+    bare = {name: Detections(of.boxes, of.scores) for name, of in found.items()}
+    assert draw_masks((40, 20), bare, verdict) is None

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import rare
+from helpers import rare, tiny_llamagen, tiny_open_magvit2, tiny_rar
 
 import t2i
 from geneval.prompts import TAGS
@@ -25,6 +25,21 @@ def recipe(out, **changes) -> CaptionBase:
     sizes = {"dim": 32, "layers": 1, "scenes": 20, "gpt_steps": 5, "gpt_batch": 4}
     files = {"tokenizer": ASSETS / "shapes" / "vq.pt", "device": "cpu"}
     return CaptionBase(out=out, **{**sizes, **files, **changes})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: tiny_llamagen("text"), lambda: tiny_llamagen("class"), tiny_rar, tiny_open_magvit2],
+)
+def test_new_weights_depend_on_their_generator_alone(make):
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        backbone = type(made := make())(made.config)
+        part = getattr(backbone, "gpt", None) or backbone.transformer
+        part.initialize(torch.Generator().manual_seed(0))
+        states.append(part.state_dict())
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from t2i.reward.reward_options import RewardOptions
 from t2i.reward.reward_prompts import benchmark_hashes, prompt_hash, training_prompts
 from t2i.reward.reward_run import RewardRun
 from t2i.reward.reward_watch import benchmark_of, diversity
-from t2i.reward.rewards import DPGReward, load_rewards, own_function, soft_credit
+from t2i.reward.rewards import DPGReward, GenEvalReward, load_rewards, own_function, soft_credit
 from t2i.shapes.scenes import Scene, SceneObject, render
 from t2i.shapes.shapes_detector import ShapesDetector
 from t2i.shapes.shapes_prompts import all_prompts, benchmark_prompts
@@ -233,6 +233,13 @@ def test_missing_weights_are_reported_before_drawing(tmp_path, monkeypatch):
     options = RewardOptions(prompts="official", detector_weights=tmp_path)
     with pytest.raises(UserError, match="mask2former"):
         load_rewards(("geneval",), options, CPU)
+
+
+def test_prompts_that_geneval_cannot_judge_are_refused_before_drawing():
+    check = GenEvalReward(ShapesDetector()).check
+    check([position("circle", "left of", "square")])
+    with pytest.raises(UserError, match="does not know 'cat'"):
+        check([position("cat", "left of", "square")])
 
 
 # -- prompts ---------------------------------------------------------------------------------------

@@ -80,9 +80,15 @@ class CaptionEmbedding(nn.Module):
                 "fc2": nn.Linear(config.dim, config.dim, bias=False),
             }
         )
-        shape = (config.caption_tokens, config.caption_dim)
         self.uncond_embedding: Tensor
-        self.register_buffer("uncond_embedding", torch.randn(shape) / config.caption_dim**0.5)
+        shape = (config.caption_tokens, config.caption_dim)
+        self.register_buffer("uncond_embedding", torch.empty(shape))
+        self.initialize_null()
+
+    def initialize_null(self, generator: torch.Generator | None = None) -> None:
+        """N(0, 1/width) for the features of no caption, which stay as they are."""
+        width = self.uncond_embedding.shape[-1]
+        nn.init.normal_(self.uncond_embedding, std=width**-0.5, generator=generator)
 
     def forward(self, prepared: dict[str, Tensor], drop: Tensor | None) -> Tensor:
         features = prepared["features"].to(self.uncond_embedding.dtype)
@@ -108,6 +114,8 @@ class GPT(nn.Module):
         """Initialize for pre-training from scratch: N(0, 0.02), and a zero head."""
         normal_weights(self, generator)
         nn.init.zeros_(self.output.weight)
+        if isinstance(self.cls_embedding, CaptionEmbedding):
+            self.cls_embedding.initialize_null(generator)
 
 
 class LlamaGen(WeightFileBackbone, LlamaBackbone):
