@@ -205,6 +205,9 @@ def test_metadata_that_cannot_be_judged(wanted):
     good = {"class": "dog", "count": 1}
     include = [good, good | {"position": ["left of", 0]}]
     check_schema({"tag": "position", "prompt": "a", "include": include}, "prompt 0")
+    for missing in ({"tag": "position"}, {"prompt": "a"}):
+        with pytest.raises(UserError, match=r"prompt 0 is .* not GenEval metadata"):
+            check_schema(missing | {"include": include}, "prompt 0")
     include[1] |= wanted
     with pytest.raises(UserError, match=r"prompt 0 is .* not GenEval metadata"):
         check_schema({"tag": "position", "prompt": "a", "include": include}, "prompt 0")

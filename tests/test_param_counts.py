@@ -6,6 +6,7 @@ import pytest
 from helpers import count, on_meta
 
 from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
+from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 
@@ -30,6 +31,21 @@ TEXT_COUNTS = {
 
 def of_size(size: str, cond: str = "class") -> LlamaGen:
     return on_meta(LlamaGen, LlamaGenConfig(**SIZES[size], cond=cond))
+
+
+@pytest.mark.parametrize(
+    ("size", "cond", "sampling"),
+    [
+        ("XL", "text", SamplingConfig(7.5, top_k=1000)),
+        ("B", "class", SamplingConfig(2.0)),
+        ("XL", "class", SamplingConfig(1.75)),
+        ("3B", "class", SamplingConfig(1.65)),
+        ("7B", "class", SamplingConfig(2.0)),  # nothing is published for it
+    ],
+)
+def test_default_sampling_is_the_published_one(size, cond, sampling):
+    """Of the official `sample_t2i.py`, and of the FIDs in `GETTING_STARTED.md`."""
+    assert of_size(size, cond).spec.sampling == sampling
 
 
 @pytest.mark.parametrize("size", CLASS_COUNTS)

@@ -62,6 +62,16 @@ def test_the_quickstart_keeps_its_numbers(name):
     )
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_recipe_is_what_its_name_says(name):
+    config, method = ALL[name], name.rpartition("-")[2]
+    of_name = {"control": "base", "iclr2026": "iclr2026", "arxiv2505": "arxiv2505"}
+    if "small-data" not in name:
+        assert config.method == getattr(presets, of_name.get(method, "tuned"))()
+    adapters = "small-data" in name or ("janus" in name and "-full" not in name) or method == "lora"
+    assert config.tuning == ("lora" if adapters else "full")
+
+
 def test_2000_pictures_with_the_xl_recipe():
     """Case 21: 13 % used to be held out, 100 of 136 steps warmed up, and nothing was written before
     the end.

@@ -260,6 +260,7 @@ def test_check_names_prompts_that_are_not_read(tmp_path):
     ("options", "words"),
     [
         ("--steps None", "steps is not given"),
+        ("--condition-dropout 1", "condition_dropout=1.0 and"),  # as in any training
         ("--batch-size 96 --reward.group 9", "batch_size=96 must be a multiple of reward.group=9"),
         ("--ema 0 --engine.zero-stage 3", "reward fine-tuning draws in every process"),
         ("--engine.precision autocast", "autocast would draw and learn in different precisions"),

@@ -35,6 +35,10 @@ def test_recipes_load_without_complaint(caplog):
     assert recipe("shapes-tuned", {"method.k": 1}).method.own_drafts == 0.5
     assert recipe("rar-b", {"data.source": ["m.jsonl"]}).data.crop_ranges == (1.1,)
     assert recipe("rar-b", {"data.views": "flip"}).data.crop_ranges == (1.1,)
+    assert recipe("rar-b", {"data.crop_ranges": [1.2]}).data.crop_ranges == (1.2,)
+    rate = {"optim.backbone_lr": 0.1}
+    for tuning in ({}, {"tuning": "codec", "train_image_layers": True}):
+        assert recipe("shapes-tuned", tuning | rate).optim.backbone_lr == 0.1
     assert not caplog.messages
 
 
