@@ -33,6 +33,7 @@ from t2i.data import content
 from t2i.errors import Stopped, UserError
 from t2i.processes import ALONE
 from t2i.shapes.shapes_source import write_dataset
+from t2i.training import loop
 from t2i.training.batches import TrainingData
 from t2i.training.check import check
 from t2i.training.config import TrainConfig
@@ -64,6 +65,19 @@ def test_stop_and_resume_changes_no_bit(tiny_world, number):
     assert not torch.equal(
         *(load_file(f / "codec.safetensors")["encoder.slots"] for f in (whole, without))
     )
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(tiny_world, monkeypatch):
+    def press_twice(run: Run) -> None:
+        signal.raise_signal(signal.SIGINT)
+        assert run.stop_requested, "the first only asks"
+        signal.raise_signal(signal.SIGINT)  # a terminal and a launcher may both pass on one
+        monkeypatch.setattr(loop, "_ONE_REQUEST_SECONDS", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Stopped), before_step(0, press_twice):
+        train(tiny_run(tiny_world, "ctrl-c", steps=2))
 
 
 def test_resume_refuses_another_run(tiny_world, plain):

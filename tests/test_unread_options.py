@@ -73,6 +73,11 @@ def test_options_that_would_mean_another_run_are_refused(options, message):
             {"tuning": "codec", "optim.backbone_lr": 0.1},
             "optim.backbone_lr=0.1 has no effect with tuning=codec",
         ),
+        (
+            "shapes-tuned",
+            {"method.k": 2, "method.slot_weights": [1.0, 0.5, 0.1]},
+            "method.slot_weights=[1.0, 0.5, 0.1] has no effect with method.k=2 beyond its first 2",
+        ),
         ("shapes-control", {"epochs": 3.0, "steps": 7}, "epochs=3.0 has no effect with steps=7"),
         ("shapes-tuned", {"log.project": "mine"}, "log.project=mine has no effect"),
     ],

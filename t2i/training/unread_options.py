@@ -63,6 +63,8 @@ def _warned_of(config: TrainConfig) -> Unread:
         drafts = {"sampling.draft_temperature", "sampling.renoise"}
         codec = {"optim.codec_lr", "engine.codec_checkpointing"}
         yield of_method | drafts | codec, "method.k=1, which is the base without TensorAR"
+    elif len(config.method.slot_weights) > (k := config.method.k):
+        yield {"method.slot_weights"}, f"method.k={k} beyond its first {k} weights"
     if config.tuning == "codec" and not config.train_image_layers:
         of_backbone = ("backbone_lr", "backbone_delay_steps", "backbone_falls")
         yield {f"optim.{name}" for name in of_backbone}, "tuning=codec"
