@@ -216,6 +216,14 @@ def test_expected_shapes_match_real_files(backbone, tmp_path):
     assert type(backbone).outline("unheard-of") is None
 
 
+def test_expected_shapes_of_janus(no_files):
+    janus = find_family("janus").backbone_class
+    with torch.device("meta"):
+        small = janus.outline("deepseek-ai/Janus-Pro-1B", LoadOptions(grid=(8, 6)))
+        assert janus.outline("someone/janus-of-mine") is None
+    assert (small.spec.dim, small.spec.grid) == (2048, (8, 6))
+
+
 # -- memory ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_activations_match_what_autograd_keeps(tiny_world, tuning, monkeypatch):
