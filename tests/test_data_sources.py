@@ -47,9 +47,9 @@ def write_tar(path, members: dict):
             tar.addfile(member, io.BytesIO(data))
 
 
-def write_parquet(path, columns: dict):
+def write_parquet(path, columns: dict, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path)
+    pq.write_table(pa.table(columns), path, **options)
 
 
 def image_structs(count=3):
@@ -298,6 +298,8 @@ def test_parquet_traps(tmp_path):
     assert levels(source) == [0, 1, "missing", "corrupt"]
     by_path = open_source(tmp_path / "0.parquet", image_column="file", outside_images=True)
     assert levels(by_path) == [0, "missing", 0, "missing"]
+    write_parquet(tmp_path / "0.parquet", columns, write_statistics=False)
+    assert ("0.png", tmp_path / "0.png") in open_source(tmp_path / "0.parquet").files()
     write_parquet(tmp_path / "0.parquet", {"image": ["https://x/y.png"], "text": ["a"]})
     with pytest.raises(ValueError, match=r"web addresses.*img2dataset"):
         open_source(tmp_path / "0.parquet")

@@ -301,6 +301,8 @@ def test_sets_of_other_sizes(tmp_path, network, caplog):
     assert results["reference"]["sizes"] == [[12, 9]]
     assert "samples of 8 x 8, reference of 12 x 9 px: every image is stretched" in caplog.text
     assert f"{photos}: 1 left out, such as a.ppm (format that is not read)" in caplog.text
+    score(photos, photos, network)
+    assert "samples of 12 x 9, reference of 12 x 9 px: every image is stretched" in caplog.text
     write_folder(photos, pictures(1, side=6), name="z.png")
     assert score(photos, photos, network)["samples"]["sizes"] == [[6, 6], [12, 9]]
     assert "reference of 6 x 6 to 12 x 9 px" in caplog.text

@@ -361,6 +361,8 @@ def test_load_model_takes_bases_checkpoints_and_runs(tiny_world, plain):
     assert len(t2i.generate(base, PROMPTS[:1], progress=False)) == 1
     assert load_model("shapes").config.k == 1
     assert load_model(str(plain)).config.k == load_model(plain.parents[1]).config.k == 3
+    low = load_model(plain, dtype="bfloat16")
+    assert next(low.parameters()).dtype == torch.bfloat16
     assert is_checkpoint(plain.parents[1]) and not is_checkpoint(tiny_world / "base")
     assert [family_of(n) for n in ("shapes", "shapes-janus")] == ["llamagen", "janus"]
     file = tiny_world / "base" / "gpt.pt"

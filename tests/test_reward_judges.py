@@ -48,6 +48,10 @@ def seen(*objects) -> tuple:
 CAT, DOG = ("cat", 10, 50, "red"), ("dog", 90, 50, "blue")
 LEFT, SWAPPED = position("cat", "left of", "dog"), position("dog", "left of", "cat")
 THREE, COLORED = counting("cat", 3), color_attr("cat", "red", "dog", "blue")
+TWO_AND_DOG = two_object("cat", "dog")
+TWO_AND_DOG = TWO_AND_DOG | {
+    "include": [{"class": "cat", "count": 2}, {"class": "dog", "count": 1}]
+}
 CATS = [("cat", 20 * i, 50, "red") for i in range(1, 5)]
 
 
@@ -63,6 +67,8 @@ CATS = [("cat", 20 * i, 50, "red") for i in range(1, 5)]
         (THREE, CATS[:3], 1),
         (THREE, CATS[:2], 0),
         (THREE, CATS, 0),
+        (TWO_AND_DOG, CATS[:2], 0.25),
+        (TWO_AND_DOG, CATS[:3], 0),  # the benchmark's rule alone would let a third pass
         (COLORED, [CAT, DOG], 1),
         (COLORED, [CAT, ("dog", 90, 50, "red")], 0.375),
         (COLORED, [("cat", 10, 50, "blue"), ("dog", 90, 50, "red")], 0.25),

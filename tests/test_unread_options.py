@@ -100,6 +100,9 @@ def test_options_of_steps_on_data_when_the_model_learns_from_its_own_images(capl
     assert "method.own_drafts=0.5, token_dropout=0.2 has no effect with reward fine" in caplog.text
     settle_options(replace(own, reward=replace(own.reward, prompts="a.txt", tasks=("x",))), own)
     assert "reward.tasks=['x'] has no effect with reward.prompts=a.txt, a file" in caplog.text
+    caplog.clear()
+    settle_options(replace(own, reward=replace(own.reward, tasks=("position",))), own)
+    assert not caplog.text, "these are for the built-in prompts"
     settle_options(replace(own, reward=replace(own.reward, clip=0.1)), own)
     assert "reward.clip=0.1 has no effect with reward.updates=1" in caplog.text
 
