@@ -47,7 +47,11 @@ def test_pointers_among_images_and_captions_are_counted(tiny_world, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "gpt.pt", "text_encoder/tokenizer.json", "text_encoder/config.json"]
+    "name",
+    [
+        *("config.json", "gpt.pt", "text_encoder/config.json"),
+        *("text_encoder/tokenizer.json", "text_encoder/model.safetensors"),
+    ],
 )
 def test_files_of_a_base(tmp_path, name):
     base = shutil.copytree(ASSETS / "shapes", tmp_path / "base")
