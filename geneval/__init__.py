@@ -18,11 +18,20 @@ from PIL import Image
 
 from geneval.detector import Detections, Detector
 from geneval.prompts import official_prompts
-from geneval.rules import RuleOptions, Verdict, check_schema, decide, judge_image, warn_of_doubts
+from geneval.rules import (
+    RuleOptions,
+    Verdict,
+    check_schema,
+    checked_options,
+    decide,
+    judge_image,
+    warn_of_doubts,
+)
 from geneval.summary import Summary, TagScore, format_summary, result_row, summarize
 from t2i.errors import UserError
 from t2i.evaluation.generation_folder import load_image
 from t2i.imaging import upright_rgb
+from t2i.sampling import check_seed
 from t2i.worlds import open_world
 
 __all__ = [
@@ -78,8 +87,8 @@ def score(
     asked: list[Any] = _listed(metadata, "metadata", single=isinstance(metadata, str | Mapping))
     single = isinstance(images, Image.Image | str | Path) or getattr(images, "ndim", 4) < 4
     given: list[Any] = _listed(images, "images", single=single)
-    if not isinstance(options, RuleOptions | None):
-        raise UserError(f"options is {options!r:.80}: give geneval.RuleOptions(threshold=0.3, ...)")
+    options = checked_options(options)
+    check_seed(seed)
     if not asked or not given or len(given) % len(asked):
         raise UserError(
             f"{len(given)} images for {len(asked)} prompts: "

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from t2i.errors import UserError
+
 
 @dataclass(frozen=True)
 class Detections:
@@ -34,10 +36,20 @@ class Detections:
         # Scores must be float32: a double 0.3 would fall on the other side of the threshold.
         for name in ("boxes", "scores"):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float32))
-        n = len(self.scores)
-        assert self.scores.shape == (n,), self.scores.shape
-        object.__setattr__(self, "boxes", self.boxes.reshape(n, 4))
-        assert self.masks is None or (len(self.masks) == n and self.masks.dtype == bool)
+        boxes, scores, masks = self.boxes, self.scores, self.masks
+        if scores.ndim != 1 or boxes.size != 4 * len(scores):
+            raise UserError(
+                f"boxes are {list(boxes.shape)} and scores {list(scores.shape)}: expected [n, 4] and "
+                "[n]"
+            )
+        object.__setattr__(self, "boxes", boxes.reshape(-1, 4))
+        if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+            raise UserError("a detection's box or score is not finite")
+        if masks is None:
+            return
+        fit = isinstance(masks, np.ndarray) and masks.dtype == bool
+        if not fit or masks.ndim != 3 or len(masks) != len(scores):
+            raise UserError(f"masks must be an array of bool [{len(scores)}, H, W], or None")
 
     def __len__(self) -> int:
         return len(self.scores)

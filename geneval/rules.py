@@ -19,6 +19,8 @@ from PIL import Image
 
 from geneval.detector import Detections, Detector
 from t2i.errors import UserError
+from t2i.fields import check_types
+from t2i.sampling import check_counts
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,13 @@ class RuleOptions:
     max_overlap: float = 1.0
     position_threshold: float = 0.1
 
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_counts(max_objects=self.max_objects)
+
+
+_OFFICIAL = RuleOptions()
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -77,8 +86,14 @@ def decide(
     metadata: the prompt's entry (tag, include, exclude). detections: class -> `Detections`.
     colors_of(class name, indices into that class's detections) -> one color name for each index;
     it is called only for objects whose color the prompt names.
+
+    Raises UserError if an argument is of the wrong type. The entry is not checked further, as in
+    the official script (see `check_schema`).
     """
-    options = options or RuleOptions()
+    _check_tagged(metadata)
+    options = checked_options(options)
+    if not isinstance(detections, Mapping):
+        raise UserError(f"detections is {detections!r:.80}: give {{class: Detections}}")
     threshold = options.counting_threshold if metadata["tag"] == _COUNTING else options.threshold
     kept = {name: _select(found, threshold, options) for name, found in detections.items()}
     reasons: list[str] = []
@@ -106,11 +121,36 @@ def decide(
     return Verdict(not reasons, "\n".join(reasons), details, kept)
 
 
+def _check_tagged(metadata: object) -> None:
+    if not isinstance(metadata, Mapping) or "tag" not in metadata:
+        raise UserError(
+            f"metadata is {metadata!r:.80}: give the prompt's entry in GenEval's metadata, such as "
+            '{"tag": "counting", "prompt": "two cats", "include": [{"class": "cat", "count": 2}]} '
+            "(geneval.score also takes the text of GenEval's own prompts)"
+        )
+
+
+def checked_options(options: RuleOptions | None) -> RuleOptions:
+    """The options, or GenEval's own if None; UserError if they are neither."""
+    if not isinstance(options, RuleOptions | None):
+        raise UserError(f"options is {options!r:.80}: give geneval.RuleOptions(threshold=0.3, ...)")
+    return options or _OFFICIAL
+
+
 def judge_image(
     image: Image.Image, metadata: Mapping, detector: Detector, options: RuleOptions | None = None
 ) -> Verdict:
-    """Detect, then judge. UserError if the detector does not know a class or color asked for."""
+    """Detect, then judge.
+
+    Raises UserError if an argument is of the wrong type, or the detector does not know a class or
+    color asked for.
+    """
+    _check_tagged(metadata)
     check_vocabulary(metadata, detector)
+    if not isinstance(image, Image.Image):
+        raise UserError(
+            f"image is {image!r:.80}: give a PIL image (geneval.score also takes files and arrays)"
+        )
     return judge_detected(image, metadata, detector, detector.detect(image), options)
 
 

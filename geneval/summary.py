@@ -17,6 +17,7 @@ from geneval.rules import Verdict
 from t2i.errors import UserError
 from t2i.evaluation.bootstrap import mean_over_prompts
 from t2i.evaluation.results import Score, notebook_table
+from t2i.sampling import check_seed
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def summarize(rows: Iterable[Mapping], seed: int = 0) -> Summary:
     The standard errors come from resampling prompts within each tag. They depend on `seed` and on
     the set of rows, not on their order.
     """
+    check_seed(seed)
     by_tag = by_prompt(rows)
     if not by_tag:
         raise UserError("no verdicts to summarize: judge at least one image first")

@@ -13,6 +13,7 @@ training_state/        what resuming needs (see `t2i.training.run_state`); may b
                        training is finished
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -24,7 +25,7 @@ import torch
 from t2i import __version__
 from t2i.checkpoint_folders import CODEC, choose_checkpoint, is_checkpoint, read_config
 from t2i.errors import UserError
-from t2i.fields import from_json
+from t2i.fields import check_type, from_json
 from t2i.files import replacing_folder, write_json
 from t2i.loading import attach, load_source, pick_device
 from t2i.lora import load_adapter, plain_weights, save_adapter
@@ -36,6 +37,7 @@ from t2i.sources import (
     BackboneSource,
     base_files,
     beside,
+    check_helpers,
     check_place,
     family_of,
     moved,
@@ -71,8 +73,24 @@ def save_pretrained(
             or only by adapters ("lora").
         image_layers: whether the layers that embed and predict image codes differ, too.
         sampling: default settings for `generate`; the model's own if None.
-        training: facts about the run, stored unchanged.
+        training: facts about the run, stored unchanged: what JSON can hold.
+
+    Raises:
+        UserError: an argument has the wrong type, or the backbone is not from `load_backbone`.
     """
+    check_place(folder, "folder")
+    for name, value, kind in (
+        ("model", model, TensorAR),
+        ("tuning", tuning, Tuning),
+        ("image_layers", image_layers, bool),
+        ("sampling", sampling, SamplingConfig | None),
+        ("training", training, dict | None),
+    ):
+        check_type(value, kind, name)
+    try:
+        json.dumps(training, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"training holds what JSON cannot: {error}") from error
     if model.backbone.source is None:
         raise UserError(
             "this backbone was not loaded by load_backbone, so a checkpoint could not name its base; "
@@ -172,6 +190,7 @@ def from_pretrained(
             named), or no such device.
     """
     check_place(folder, "folder")
+    check_helpers(base=base, tokenizer=tokenizer, text_encoder=text_encoder)
     device, dtype = pick_device(device, dtype)
     folder = choose_checkpoint(folder)
     config = read_config(folder, contents=True)
@@ -276,6 +295,7 @@ def load_model(
     if base is not None:
         raise UserError(f"{source} is not a checkpoint, so it has no other base: leave out base")
     helpers = {"tokenizer": tokenizer, "text_encoder": text_encoder}
+    check_helpers(**helpers)
     files = base_files(family or family_of(source), source, **helpers, generation_only=True)
     return load_base(files, device, dtype)
 

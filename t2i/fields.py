@@ -98,10 +98,15 @@ def _converted(value: object, hint: object, where: str) -> object:
         return from_json(next(known, nested[0]), value, where)
     if isinstance(value, str) and Path in kinds and str not in kinds:
         value = Path(value)
+    check_type(value, hint, where)
+    return value
+
+
+def check_type(value: object, hint: object, where: str) -> None:
+    """UserError if a value is not of the type; `where` names it."""
     if not _fits(value, hint):
         kind = getattr(hint, "__name__", None) if get_origin(hint) is None else str(hint)
         raise UserError(f"{where} is {value!r:.80}, which is not of the type {kind}")
-    return value
 
 
 def _fits(value: object, hint: object) -> bool:
@@ -109,7 +114,7 @@ def _fits(value: object, hint: object) -> bool:
     if origin in (Union, UnionType):
         return any(_fits(value, part) for part in args)
     if origin is Literal:
-        return value in args
+        return isinstance(value, str | int) and value in args
     if origin is tuple:
         if not isinstance(value, tuple):
             return False

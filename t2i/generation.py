@@ -21,6 +21,7 @@ from t2i.sampling import (
     Speed,
     check_counts,
     check_speculate,
+    check_whole,
 )
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import drawn_windows, sample_windows
@@ -208,6 +209,7 @@ def check_request(
         for place, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise UserError(f"prompts[{place}] is {prompt!r:.80}: this model draws captions")
+    check_whole(samples_per_prompt=samples_per_prompt)
     check_counts(samples_per_prompt=samples_per_prompt)
     return prompts
 

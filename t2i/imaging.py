@@ -1,13 +1,14 @@
 """Images as judges see them; writing images and contact sheets."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from t2i.errors import UserError
 from t2i.files import replacing, saving
+from t2i.sampling import check_counts
 
 _DEEP_MODES = ("I", "F")  # 16- and 32-bit greyscale: Pillow's conversion clips to white
 _GAP = 6
@@ -54,13 +55,15 @@ def grid(
         labels: one for each image; "" for no label.
         cell: side of a cell in pixels, to which images are scaled (small ones without smoothing).
     """
-    images = images if isinstance(images, Image.Image) else list(images)
-    if isinstance(images, Image.Image) or not all(isinstance(i, Image.Image) for i in images):
+    single = isinstance(images, Image.Image) or not isinstance(images, Iterable)
+    images = images if single else list(images)
+    if single or not all(isinstance(i, Image.Image) for i in images):
         raise UserError(f"grid needs a list of PIL images, but got {images!r:.80}")
     if not images:
         raise UserError("a grid needs at least one image")
-    if columns is not None and columns < 1:
-        raise UserError(f"columns={columns} must be at least 1")
+    check_counts(columns=columns, cell=cell)
+    if not isinstance(labels, Sequence | None):
+        raise UserError(f"labels is {labels!r:.80}: give a list, one for each image")
     if labels is not None and len(labels) != len(images):
         raise UserError(f"{len(labels)} labels for {len(images)} images: give one for each")
     columns = columns or math.ceil(math.sqrt(len(images)))

@@ -13,10 +13,11 @@ from t2i.fields import from_json
 from t2i.models.base import Backbone, LoadOptions
 from t2i.models.blocks import LlamaConfig
 from t2i.models.families import find_family
-from t2i.sampling import SamplingConfig, check_whole
+from t2i.sampling import SamplingConfig, check_seed
 from t2i.sources import (
     BackboneSource,
     base_files,
+    check_helpers,
     check_named,
     check_place,
     expand_folder,
@@ -49,7 +50,7 @@ def pick_device(
         if not dtype.is_floating_point:
             raise UserError(f"dtype {dtype} holds no weights: give one of floating-point numbers")
         return torch.device(name), dtype
-    if dtype != "auto" and dtype not in DTYPES:
+    if not isinstance(dtype, str) or (dtype != "auto" and dtype not in DTYPES):
         raise UserError(f"dtype {dtype!r} must be auto, {' or '.join(DTYPES)}")
     if dtype == "auto":
         dtype = "bfloat16" if name.startswith("cuda") else "float32"
@@ -116,6 +117,7 @@ def load_backbone(
         )
     shape = asdict(config) if isinstance(config, wanted) else None
     helpers = {"tokenizer": tokenizer, "text_encoder": text_encoder}
+    check_helpers(**helpers)
     files = base_files(family, source, **helpers, config=shape, grid=grid)
     return load_source(files, dtype=dtype, device=device)
 
@@ -272,7 +274,7 @@ def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> Tens
         raise UserError(
             f"config is {config!r:.80}: give one of t2i.presets, such as t2i.presets.iclr2026()"
         )
-    check_whole(seed=seed)
+    check_seed(seed)
     return TensorAR(backbone, config, seed=int(seed)).eval()
 
 

@@ -94,8 +94,19 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
 
 def check_place(source: object, what: str) -> None:
     """UserError for what can be neither a path nor a name."""
-    if not isinstance(source, str | os.PathLike):
+    try:
+        usable = isinstance(source, str | os.PathLike) and 0 not in (os.fsencode(source) or b"\0")
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
         raise UserError(f"{what} is {source!r:.80}: give a path or a name")
+
+
+def check_helpers(**places: str | Path | None) -> None:
+    """UserError for the first of these that is given and can be neither a path nor a name."""
+    for name, place in places.items():
+        if place is not None:
+            check_place(place, name)
 
 
 def check_named(source: str | Path, *, folder: bool = False) -> None:

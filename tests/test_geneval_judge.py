@@ -15,13 +15,16 @@ from geneval.rules import (
     RuleOptions,
     check_schema,
     decide,
+    judge_image,
     relative_position,
     warn_of_doubts,
 )
 from geneval.summary import format_summary, result_row, summarize
 from t2i.errors import UserError
+from t2i.shapes.shapes_detector import ShapesDetector
 
 ROOT = golden_folder("geneval_judge")
+BLANK = Image.new("RGB", (64, 64), "white")
 CONFIG = json.loads((ROOT / "config.json").read_text())
 
 
@@ -242,6 +245,36 @@ def test_edits_that_change_the_verdict_are_pointed_out(change, message, caplog):
     warn_of_doubts([entry, check_schema(entry | change, "prompt 1")])
     [said] = caplog.messages
     assert said.startswith("prompt 1: ") and message in said
+
+
+ASKED = {"tag": "single_object", "prompt": "a circle", "include": [{"class": "circle", "count": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: RuleOptions(threshold=float("nan")), "threshold is nan"),
+        (lambda: RuleOptions(counting_threshold="0.9"), "counting_threshold is '0.9'"),
+        (lambda: RuleOptions(max_objects=0), "max_objects=0 must be at least 1"),
+        (lambda: Detections([[1, 2, 3, 4]], [0.9, 0.8]), r"boxes are \[1, 4\] and scores \[2\]"),
+        (lambda: Detections([[1, 2, 3, 4]], 0.9), r"scores \[\]: expected \[n, 4\]"),
+        (lambda: Detections([[1, 2, 3, 4]], [float("nan")]), "box or score is not finite"),
+        (
+            lambda: Detections(np.zeros((1, 4)), [1], np.zeros((1, 8, 8))),
+            r"masks must be an array of bool \[1, H, W\]",
+        ),
+        (lambda: decide("a circle", {}, None), "metadata is 'a circle': give the prompt's entry"),
+        (lambda: decide(ASKED, [], None), r"detections is \[\]: give \{class: Detections\}"),
+        (lambda: decide(ASKED, {}, None, {"threshold": 0.5}), "options is .*geneval.RuleOptions"),
+        (lambda: judge_image(None, ASKED, ShapesDetector()), "image is None: give a PIL image"),
+        (lambda: judge_image(None, "a circle", ShapesDetector()), "metadata is 'a circle': give"),
+        (lambda: geneval.score(BLANK, ASKED, ShapesDetector(), seed=None), "seed=None must be"),
+        (lambda: summarize([], seed=-1), "seed=-1 must be between"),
+    ],
+)
+def test_bad_arguments_are_refused(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
 
 
 def test_nothing_to_summarize():

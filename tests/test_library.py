@@ -84,6 +84,7 @@ def test_an_unknown_argument_names_the_called_function(model):
         ((None, [1]), {"sampling": {"top_k": 3}}, "sampling is .*give a t2i.SamplingConfig"),
         ((None, [1]), {"seed": "3"}, "seed='3' must be a whole number"),
         ((None, [1]), {"samples_per_prompt": 0}, "must be at least 1"),
+        ((None, [1]), {"samples_per_prompt": None}, "samples_per_prompt=None must be a whole"),
         ((None, [77]), {}, "class label 77 at position 0"),
         ((None, ["1"]), {}, "class label '1' at position 0"),
     ],
@@ -203,11 +204,50 @@ def test_generate_refuses_a_backbone_and_labels_for_captions():
         (lambda: t2i.load_model(None), "source is None: give a path or a name"),
         (lambda: t2i.load_backbone("rar", 3), "source is 3: give a path or a name"),
         (lambda: t2i.load_model("shapes", dtype=torch.int8), "dtype torch.int8 holds no weights"),
+        (
+            lambda: t2i.load_model("shapes", dtype=["bfloat16"]),
+            r"dtype \['bfloat16'\] must be auto",
+        ),
+        (lambda: t2i.load_model("a\0b"), r"source is 'a\\x00b': give a path or a name"),
+        (lambda: t2i.load_model("\ud83d"), "give a path or a name"),
+        (lambda: t2i.from_pretrained(""), "folder is '': give a path or a name"),
+        (lambda: t2i.from_pretrained("x", base=""), "base is '': give a path or a name"),
+        (lambda: t2i.load_model("shapes", tokenizer=Image), "tokenizer is <module .*give a path"),
+        (lambda: t2i.load_backbone("rar", "x", text_encoder=[3]), "text_encoder is .*give a path"),
+        (lambda: t2i.load_backbone(["rar"], "shapes"), r"unknown backbone family \['rar'\]"),
+        (lambda: t2i.attach(tiny_rar(), t2i.presets.base(), seed=2**70), "seed=.* must be between"),
+        (lambda: t2i.recipe(["shapes-tuned"]), "unknown recipe"),
+        (lambda: t2i.recipe("shapes-tuned", ["steps"]), r"options is \['steps'\]: give a mapping"),
+        (lambda: t2i.check(t2i.recipe("shapes-tuned"), world_size=0), "world_size=0 must be at"),
     ],
 )
 def test_loaders_refuse_bad_arguments(call, message):
     with pytest.raises(t2i.UserError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "runs/mine"}, "model is 'runs/mine', which is not of the type TensorAR"),
+        ({"folder": None}, "folder is None: give a path or a name"),
+        ({"folder": ""}, "folder is '': give a path or a name"),
+        ({"tuning": "Full"}, "tuning is 'Full', which is not of the type"),
+        ({"tuning": ["full"]}, r"tuning is \['full'\], which is not of the type"),
+        ({"image_layers": "yes"}, "image_layers is 'yes', which is not of the type bool"),
+        ({"sampling": {"top_k": 3}}, "sampling is .*, which is not of the type"),
+        ({"training": [3]}, r"training is \[3\], which is not of the type"),
+        ({"training": {"x": object()}}, "training holds what JSON cannot: Object of type object"),
+        ({"training": {"x": "\ud83d"}}, "training holds what JSON cannot"),
+    ],
+)
+def test_a_checkpoint_with_bad_arguments_is_not_written(tmp_path, change, message):
+    """A mistyped `tuning` used to write a checkpoint that lacked the trained weights."""
+    model = t2i.attach(t2i.load_backbone("llamagen", "shapes"), t2i.presets.base())
+    arguments = {"model": model, "folder": tmp_path / "ckpt", "tuning": "full"} | change
+    with pytest.raises(t2i.UserError, match=message):
+        t2i.save_pretrained(**arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_repr_describes_a_model_in_one_line(model):
@@ -305,7 +345,11 @@ def test_grid_makes_a_sheet_and_refuses_bad_arguments():
         (([np.zeros((8, 8, 3))],), {}, "needs a list of PIL images"),
         (([],), {}, "at least one image"),
         ((images, 0), {}, "columns=0"),
+        ((images, "2"), {}, "columns='2' must be a whole number"),
+        ((images,), {"cell": -1}, "cell=-1 must be at least 1"),
         ((images,), {"labels": ["a"]}, "1 labels for 3 images"),
+        ((images,), {"labels": 3}, "labels is 3: give a list"),
+        ((3,), {}, "needs a list of PIL images, but got 3"),
     ):
         with pytest.raises(t2i.UserError, match=message):
             t2i.grid(*arguments, **options)

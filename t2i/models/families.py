@@ -79,6 +79,6 @@ def _import_class(path: str) -> Any:
 
 def find_family(name: str) -> Family:
     """The family with this name; UserError if there is none."""
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"unknown backbone family {name!r}; {choose_one(name, FAMILIES)}")
     return import_module(f"t2i.models.{name}").FAMILY

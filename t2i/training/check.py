@@ -24,6 +24,7 @@ from t2i.generation import parse_conditions
 from t2i.models.base import Backbone
 from t2i.models.families import find_family
 from t2i.progress import readable_size
+from t2i.sampling import check_counts, check_whole
 from t2i.sources import check_named
 from t2i.tensorar.model import TensorAR
 from t2i.training.batches import stored_data_key
@@ -130,6 +131,8 @@ def check(
     more: makes further sections (lines by title) from the model on the meta device, the plan, and
         the checkpoint that the run would resume from.
     """
+    check_whole(world_size=world_size)
+    check_counts(world_size=world_size)
     checkpoint = claim_run_dir(settings_of(config, "t2i.check"))
     source, total = look_before_work(config, world_size, checkpoint)
     if source is not None and (key := stored_data_key(config)) is not None:

@@ -161,8 +161,10 @@ def recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainConfig:
         UserError: unknown recipe or option, or a value that is not allowed.
     """
     recipes = recipes_for(DataOptions) | recipes_for(LabelledOptions)
-    if name not in recipes:
+    if not isinstance(name, str) or name not in recipes:
         raise UserError(f"unknown recipe {name!r:.80}; {choose_one(name, recipes)}")
+    if not isinstance(options, Mapping | None):
+        raise UserError(f'options is {options!r:.80}: give a mapping, such as {{"steps": 20}}')
     own = recipes[name][1]
     return settle_options(_with_options(own, options or {}, ""), own)
 
