@@ -11,6 +11,7 @@ Easy to get wrong, and tested against golden verdicts:
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -55,6 +56,9 @@ class RuleOptions:
     def __post_init__(self) -> None:
         check_types(self)
         check_counts(max_objects=self.max_objects)
+        for name, value in vars(self).items():
+            if not math.isfinite(value):
+                raise UserError(f"{name}={value} must be a finite number")
 
 
 _OFFICIAL = RuleOptions()

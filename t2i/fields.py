@@ -2,9 +2,11 @@
 
 import ast
 import inspect
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass, replace
+from functools import cache
 from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
@@ -69,16 +71,24 @@ def from_json(cls: type[S], values: object, where: str, *, defaults: S | None = 
         return cls(**given) if defaults is None else replace(defaults, **given)
 
 
-def check_types(settings: "DataclassInstance") -> None:
-    """UserError names a setting that is not of its type; lists become tuples where those are meant.
+def check_types(settings: "DataclassInstance", part: str = "") -> None:
+    """UserError names a setting that is not of its type, with `part` ("optim.") before its name;
+    lists become tuples where those are meant, and text a path or the other way round.
 
     What a file or a command line gives is checked on its way; this is for what Python code gives.
+    NaN is a float: the limits of a setting refuse it.
     """
-    for name, hint in get_type_hints(type(settings)).items():
-        value = getattr(settings, name)
+    hints = _hints(type(settings))
+    for name in (own.name for own in fields(settings)):
+        value, hint = getattr(settings, name), hints[name]
         if isinstance(value, Real) and not isinstance(value, int | float):  # of numpy
             value = python_number(value)
-        object.__setattr__(settings, name, _converted(value, hint, name))
+        if not (isinstance(value, float) and math.isnan(value)):
+            value = _converted(value, hint, part + name)
+        object.__setattr__(settings, name, value)
+
+
+_hints = cache(get_type_hints)
 
 
 def python_number(value: Real) -> int | float:
@@ -96,8 +106,8 @@ def _converted(value: object, hint: object, where: str) -> object:
     ):
         known = (k for k in nested if value.keys() <= {f.name for f in fields(k)})
         return from_json(next(known, nested[0]), value, where)
-    if isinstance(value, str) and Path in kinds and str not in kinds:
-        value = Path(value)
+    if isinstance(value, str | Path) and (str in kinds) != (Path in kinds):
+        value = str(value) if str in kinds else Path(value)
     check_type(value, hint, where)
     return value
 

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 from t2i.errors import UserError
-from t2i.fields import all_optional, python_number
+from t2i.fields import all_optional, check_types, python_number
 
 log = logging.getLogger(__name__)
 
@@ -187,11 +187,10 @@ class DrawOptions:
                 f"sampling is {self.sampling!r:.80}: give a t2i.SamplingConfig, "
                 "or change the model's own with dataclasses.replace(model.sampling, ...)"
             )
-        for name in ("seed", "batch_size"):
-            check_whole(**{name: getattr(self, name)})
-            object.__setattr__(self, name, python_number(getattr(self, name)))
+        check_whole(batch_size=self.batch_size)
         check_counts(_MOST_ROWS, batch_size=self.batch_size)
         check_seed(self.seed)
+        check_types(self)
         check_speculate(self.speculate or 0)
 
 

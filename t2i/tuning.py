@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from t2i.errors import UserError
+from t2i.fields import check_types
 
 Tuning = Literal["full", "codec", "lora"]
 
@@ -23,6 +24,7 @@ class LoRAConfig:
     """Dropout on the adapters' input."""
 
     def __post_init__(self):
+        check_types(self, "lora.")
         if not 1 <= self.rank <= _MOST_RANK:
             raise UserError(f"lora.rank={self.rank} must be at least 1 and at most {_MOST_RANK}")
         if not 0 <= self.dropout < 1:

@@ -253,7 +253,7 @@ ASKED = {"tag": "single_object", "prompt": "a circle", "include": [{"class": "ci
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: RuleOptions(threshold=float("nan")), "threshold is nan"),
+        (lambda: RuleOptions(threshold=float("nan")), "threshold=nan must be a finite"),
         (lambda: RuleOptions(counting_threshold="0.9"), "counting_threshold is '0.9'"),
         (lambda: RuleOptions(max_objects=0), "max_objects=0 must be at least 1"),
         (lambda: Detections([[1, 2, 3, 4]], [0.9, 0.8]), r"boxes are \[1, 4\] and scores \[2\]"),

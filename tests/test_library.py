@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,9 +27,19 @@ from t2i.evaluation.runner import evaluate
 from t2i.imaging import save_png
 from t2i.loading import pick_device
 from t2i.lora import add_lora, load_adapter, save_adapter
+from t2i.reward.reward_options import RewardOptions
+from t2i.sampling import DrawOptions
 from t2i.shapes.shapes_detector import ShapesDetector
 from t2i.sources import ASSETS
 from t2i.tensorar import sampler
+from t2i.training.config import (
+    BackboneOptions,
+    DataOptions,
+    EngineOptions,
+    LogOptions,
+    OptimOptions,
+    TrainConfig,
+)
 from t2i.tuning import LoRAConfig
 
 
@@ -137,6 +148,50 @@ def test_sampling_settings_of_a_wrong_type_are_refused(setting):
     (name,) = setting
     with pytest.raises(t2i.UserError, match=f"^{name}=.* must be a (whole|finite) number"):
         t2i.SamplingConfig(**setting)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: OptimOptions(codec_lr="1e-3"),
+            "optim.codec_lr is '1e-3', which is not of the type",
+        ),
+        (lambda: OptimOptions(betas=0.9), "optim.betas is 0.9, which is not of the type"),
+        (lambda: EngineOptions(precision="fp16"), "engine.precision is 'fp16', which is not of"),
+        (lambda: LogOptions(prompts="a circle"), "log.prompts is 'a circle', which is not of"),
+        (
+            lambda: LogOptions(keep_best="no"),
+            "log.keep_best is 'no', which is not of the type bool",
+        ),
+        (lambda: DataOptions(trigger=3), "data.trigger is 3, which is not of the type"),
+        (lambda: BackboneOptions(grid=16), "backbone.grid is 16, which is not of the type"),
+        (lambda: LoRAConfig(rank=None), "lora.rank is None, which is not of the type int"),
+        (lambda: TrainConfig(epochs="3"), "epochs is '3', which is not of the type float"),
+        (lambda: TrainConfig(tuning="LoRA"), "tuning is 'LoRA', which is not of the type"),
+        (lambda: TrainConfig(engine=None), "engine is None, which is not of the type Engine"),
+        (lambda: RewardOptions(functions=None), "reward.functions is None, which is not of"),
+        (
+            lambda: Scope(allow_incomplete="no"),
+            "allow_incomplete is 'no', which is not of the type",
+        ),
+        (lambda: DrawOptions(speed="fast"), "speed is 'fast', which is not of the type"),
+        (lambda: DrawOptions(size=64), "size is 64, which is not of the type"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused(make, message):
+    """They used to pass, to fail or be misread later, or to end in a TypeError."""
+    with pytest.raises(t2i.UserError, match=message):
+        make()
+
+
+def test_settings_take_what_means_the_same():
+    assert BackboneOptions(weights=Path("a/b")) == BackboneOptions(weights="a/b")
+    assert TrainConfig(run_dir="runs/x") == TrainConfig(run_dir=Path("runs/x"))
+    assert LogOptions(prompts=["a"]) == LogOptions(prompts=("a",))
+    assert OptimOptions(codec_lr=np.float64(0.5), warmup_steps=np.int64(3)) == OptimOptions(
+        codec_lr=0.5, warmup_steps=3
+    )
 
 
 def test_numpy_numbers_in_settings_can_be_stored():

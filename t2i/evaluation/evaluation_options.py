@@ -10,6 +10,7 @@ import tyro
 
 from t2i import cli
 from t2i.errors import UserError, no_folder
+from t2i.fields import check_types
 from t2i.model_options import DrawingModelOptions
 from t2i.sampling import check_counts
 
@@ -49,6 +50,7 @@ class Scope:
     """
 
     def __post_init__(self):
+        check_types(self)
         check_counts(samples=self.samples, limit=self.limit)
 
     def select(self, count: int) -> list[int]:

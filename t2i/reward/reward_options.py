@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from t2i.errors import UserError
+from t2i.fields import check_types
 from t2i.sampling import SamplingConfig
 from t2i.training.config import TrainConfig, Unread
 
@@ -80,6 +81,7 @@ class RewardOptions:
     """Images per prompt of these benchmarks; diversity needs two."""
 
     def __post_init__(self):
+        check_types(self, "reward.")
         for name in self.functions:
             if name not in BUILT_IN and not _is_path(name):
                 raise UserError(

@@ -15,7 +15,7 @@ import tyro
 
 from t2i.data.captioned import CaptionedImages
 from t2i.errors import UserError
-from t2i.fields import given_options
+from t2i.fields import check_types, given_options
 from t2i.model_options import BaseOptions
 from t2i.sampling import SamplingConfig, SamplingOverrides, check_counts, check_seed
 from t2i.tensorar.method import TensorARConfig
@@ -34,6 +34,9 @@ class BackboneOptions(BaseOptions):
     """
     generation_only: bool = False
     """Do not load what drawing does not need: Janus-Pro's understanding tower and text head."""
+
+    def __post_init__(self):
+        check_types(self, "backbone.")
 
 
 METRICS = "metrics.jsonl"
@@ -70,6 +73,7 @@ class DataOptions(_AnyData, CaptionedImages):
     """
 
     def __post_init__(self):
+        check_types(self, "data.")
         check_counts(**{"data.max_samples": self.max_samples})
         if self.trigger is None:
             return
@@ -108,6 +112,7 @@ class LabelledOptions(_AnyData):
     """For ten-crop: side of the square that is cropped, relative to the model's image size."""
 
     def __post_init__(self):
+        check_types(self, "data.")
         # The same check as in `t2i.data.images.Views`, which imports torch.
         if not self.crop_ranges or not 1 <= min(self.crop_ranges) <= max(self.crop_ranges) <= 10:
             raise UserError(f"data.crop_ranges={self.crop_ranges} must be factors from 1 to 10")
@@ -142,6 +147,7 @@ class OptimOptions:
     """The gradient is scaled down to this norm if it is larger."""
 
     def __post_init__(self):
+        check_types(self, "optim.")
         for name, value in vars(self).items():
             if name in ("betas", "grad_clip"):
                 continue
@@ -192,6 +198,9 @@ class EngineOptions:
     deepspeed_config: Path | None = None
     """JSON with further "zero_optimization" settings, such as launch/zero3_offload.json."""
 
+    def __post_init__(self):
+        check_types(self, "engine.")
+
 
 @dataclass(frozen=True)
 class LogOptions:
@@ -226,6 +235,7 @@ class LogOptions:
     """Project name for wandb."""
 
     def __post_init__(self):
+        check_types(self, "log.")
         for name in ("log_every", "validate_every", "sample_every", "save_every"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(
@@ -291,6 +301,7 @@ class TrainConfig:
         yield from ()
 
     def __post_init__(self):
+        check_types(self)
         engine = self.engine
         of_parts = {"engine.micro_batch": engine.micro_batch, "log.keep_last": self.log.keep_last}
         check_counts(_MOST_SAMPLES, batch_size=self.batch_size)
