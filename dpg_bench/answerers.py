@@ -9,7 +9,7 @@ named next to the score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -56,12 +56,23 @@ def answer_prompt(
     """Ask all questions of a prompt about each of its images: one proposition id -> answer mapping
     per image, as `dpg_bench.score.score` takes for one item.
     """
-    given = [] if isinstance(images, Image.Image) else list(images)
+    check_answerer(answerer)
+    single = isinstance(images, Image.Image) or not isinstance(images, Iterable)
+    given = [] if single else list(images)
     if not given or not all(isinstance(image, Image.Image) for image in given):
         raise UserError(f"answer_prompt needs a list of PIL images, but got {images!r:.80}")
     ids = [str(question.proposition) for question in questions]
     seen = [upright_rgb(image) for image in given]
     return [dict(zip(ids, answerer.answer(image, questions), strict=True)) for image in seen]
+
+
+def check_answerer(given: object) -> None:
+    """UserError if this is not an answerer."""
+    if isinstance(given, type) or not hasattr(given, "answer"):
+        raise UserError(
+            f"answerer is {given!r:.80}: give a loaded one, such as "
+            'dpg_bench.answerers.load_answerer("mplug")'
+        )
 
 
 def load_answerer(
@@ -74,7 +85,7 @@ def load_answerer(
     Raises:
         UserError: the name is unknown, or the weights cannot be found, fetched or loaded.
     """
-    if name not in DEFAULT_WEIGHTS:
+    if not isinstance(name, str) or name not in DEFAULT_WEIGHTS:
         raise UserError(f"unknown judge {name!r}; {choose_one(name, DEFAULT_WEIGHTS)}")
     if name == "shapes":
         if weights is not None:

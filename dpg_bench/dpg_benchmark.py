@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from PIL import Image
 
-from dpg_bench.answerers import OFFICIAL_ANSWERER, Answerer
+from dpg_bench.answerers import OFFICIAL_ANSWERER, Answerer, check_answerer
 from dpg_bench.questions import OFFICIAL_FILE, Question, QuestionGraph, broad, read_questions
 from dpg_bench.score import (
     CORRECTED,
@@ -26,9 +26,11 @@ from dpg_bench.score import (
     score_questions,
 )
 from t2i import __version__
+from t2i.errors import UserError
 from t2i.evaluation.gallery import Card
 from t2i.evaluation.judging import Judged
 from t2i.evaluation.results import Score
+from t2i.sources import check_place
 from t2i.worlds import WORLDS, open_world
 
 
@@ -44,8 +46,13 @@ class DPGBench:
         """questions: the graph's name in results.
 
         Raises:
-            UserError: the answerer cannot answer one of the questions.
+            UserError: these are no graph and no answerer, or it cannot answer one of the questions.
         """
+        if not isinstance(graph, QuestionGraph):
+            raise UserError(
+                f"graph is {graph!r:.80}: give dpg_bench.dpg_benchmark.load_questions(NAME)"
+            )
+        check_answerer(answerer)
         if hasattr(answerer, "check"):
             answerer.check(graph.questions)
         self.graph, self.answerer = graph, answerer
@@ -177,6 +184,7 @@ def load_questions(name: str) -> QuestionGraph:
         UserError: as in `dpg_bench.questions.read_questions`; or the official file cannot be
             fetched, or the fetched file has the wrong hash.
     """
+    check_place(name, "name")
     if name in WORLDS:
         return open_world(name).questions()
     return read_questions(OFFICIAL_FILE.find().path if name == "official" else name)

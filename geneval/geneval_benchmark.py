@@ -24,6 +24,7 @@ from t2i.evaluation.gallery import Box, Card
 from t2i.evaluation.judging import Judged
 from t2i.evaluation.prompt_files import read_prompts
 from t2i.evaluation.results import Score
+from t2i.sources import check_place
 from t2i.worlds import WORLDS, open_world
 
 _NOT_TASKS = ("overall", "correct images", "correct prompts")
@@ -114,6 +115,7 @@ def load_prompts(name: str) -> list[dict]:
     Raises:
         UserError: the file does not exist, cannot be read, or does not hold GenEval metadata.
     """
+    check_place(name, "name")
     if name == "official":
         return official_prompts()
     if name in WORLDS:

@@ -14,7 +14,7 @@ from PIL import Image
 import geneval
 import t2i
 from dpg_bench.answerers import answer_prompt, load_answerer
-from dpg_bench.dpg_benchmark import load_questions
+from dpg_bench.dpg_benchmark import DPGBench, load_questions
 from dpg_bench.questions import QuestionGraph
 from dpg_bench.score import score as dpg_score
 from geneval.geneval_benchmark import GenEval, load_prompts
@@ -22,6 +22,7 @@ from geneval.prompts import official_prompts
 from t2i import generation, loading
 from t2i.evaluation.evaluation_options import Scope
 from t2i.evaluation.fid.fid_score import check_inputs
+from t2i.evaluation.fid.inception import load_inception
 from t2i.evaluation.generation_folder import sample_file, write_prompt
 from t2i.evaluation.runner import evaluate
 from t2i.imaging import save_png
@@ -183,6 +184,26 @@ def test_settings_of_a_wrong_type_are_refused(make, message):
     """They used to pass, to fail or be misread later, or to end in a TypeError."""
     with pytest.raises(t2i.UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: load_questions(None), "name is None: give a path or a name"),
+        (lambda: load_prompts(["official"]), r"name is \['official'\]: give a path or a name"),
+        (lambda: load_answerer(["mplug"]), r"unknown judge \['mplug'\]"),
+        (lambda: DPGBench("shapes", load_answerer("shapes")), "graph is 'shapes': give .*load_q"),
+        (lambda: DPGBench(load_questions("shapes"), "mplug"), "answerer is 'mplug': give a loaded"),
+        (lambda: answer_prompt("mplug", [], []), "answerer is 'mplug': give a loaded one"),
+        (lambda: answer_prompt(load_answerer("shapes"), 3, []), "needs a list of PIL images, but"),
+        (lambda: evaluate("geneval", "out", images="x"), "benchmark is 'geneval': give a GenEval"),
+        (lambda: load_inception(3), "weights is 3: give a path or a name"),
+        (lambda: load_inception("random", device="gpu"), "device 'gpu' must be auto, cpu or cuda"),
+    ],
+)
+def test_evaluators_refuse_arguments_of_a_wrong_type(call, message):
+    with pytest.raises(t2i.UserError, match=message):
+        call()
 
 
 def test_settings_take_what_means_the_same():

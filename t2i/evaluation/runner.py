@@ -97,6 +97,10 @@ def evaluate(
         UserError: something in the images or folders is missing, unreadable, unexpected or
             contradictory.
     """
+    if not hasattr(benchmark, "entries"):
+        raise UserError(
+            f"benchmark is {benchmark!r:.80}: give a GenEval or DPGBench (see docs/geneval.md)"
+        )
     if (model is None) == (images is None):
         raise UserError("evaluate judges either model=... or images=FOLDER: give one of them")
     _check_kind("model", model, TensorAR)
