@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass, replace
@@ -83,7 +82,8 @@ def check_types(settings: "DataclassInstance", part: str = "") -> None:
         value, hint = getattr(settings, name), hints[name]
         if isinstance(value, Real) and not isinstance(value, int | float):  # of numpy
             value = python_number(value)
-        if not (isinstance(value, float) and math.isnan(value)):
+        is_nan = isinstance(value, float) and value != value
+        if not is_nan or float not in (hint, *get_args(hint)):
             value = _converted(value, hint, part + name)
         object.__setattr__(settings, name, value)
 
@@ -124,7 +124,7 @@ def _fits(value: object, hint: object) -> bool:
     if origin in (Union, UnionType):
         return any(_fits(value, part) for part in args)
     if origin is Literal:
-        return isinstance(value, str | int) and value in args
+        return any(value == arg for arg in args if type(value) is type(arg))
     if origin is tuple:
         if not isinstance(value, tuple):
             return False

@@ -37,6 +37,7 @@ from t2i.training.config import (
     BackboneOptions,
     DataOptions,
     EngineOptions,
+    LabelledOptions,
     LogOptions,
     OptimOptions,
     TrainConfig,
@@ -164,6 +165,12 @@ def test_sampling_settings_of_a_wrong_type_are_refused(setting):
         (
             lambda: LogOptions(keep_best="no"),
             "log.keep_best is 'no', which is not of the type bool",
+        ),
+        (lambda: EngineOptions(zero_stage=True), "engine.zero_stage is True, which is not of"),
+        (lambda: DataOptions(trigger=float("nan")), "data.trigger is nan, which is not of the"),
+        (
+            lambda: LabelledOptions(source=np.array(["a", "b"])),
+            "data.source is array.*, which is not",
         ),
         (lambda: DataOptions(trigger=3), "data.trigger is 3, which is not of the type"),
         (lambda: BackboneOptions(grid=16), "backbone.grid is 16, which is not of the type"),
