@@ -83,7 +83,7 @@ def check_types(settings: "DataclassInstance", part: str = "") -> None:
         if isinstance(value, Real) and not isinstance(value, int | float):  # of numpy
             value = python_number(value)
         is_nan = isinstance(value, float) and value != value
-        if not is_nan or float not in (hint, *get_args(hint)):
+        if not (is_nan and _fits(0.0, hint)):
             value = _converted(value, hint, part + name)
         object.__setattr__(settings, name, value)
 
