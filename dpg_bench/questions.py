@@ -156,10 +156,16 @@ def read_questions(path: str | Path) -> QuestionGraph:
             f"question file {path} has no column {', '.join(missing)}{hint}. DPG-Bench's columns are "
             f"{', '.join(COLUMNS)}"
         )
+    if twice := [name for name in NEEDED if (reader.fieldnames or []).count(name) > 1]:
+        raise UserError(f"question file {path} has two columns {', '.join(twice)}: delete one")
     if not rows:
         raise UserError(f"question file {path} has no rows")
     questions, problems = [], []
     for line, row in rows:
+        if None in row:
+            problems.append(
+                f"line {line} has more cells than the header: put texts with commas in quotes"
+            )
         try:
             questions.append(_question(row, line))
         except UserError as error:

@@ -126,7 +126,7 @@ def load_prompts(name: str) -> list[dict]:
         raise UserError(text)
     entries = read_prompts((), Path(name))
     for index, entry in enumerate(entries):
-        check_schema(entry, f"prompt {index}")
+        check_schema(entry, f"{name}: prompt {index}")
     return entries
 
 

@@ -232,7 +232,7 @@ def _can_be_judged(item: object, place: int) -> bool:
     if not isinstance(relation, Sequence) or len(relation) != 2 or relation[0] not in RELATIONS:
         return False
     numbers = (item.get("count"), relation[1])
-    if not all(isinstance(number, int) for number in numbers):
+    if not all(type(number) is int for number in numbers):  # nor true
         return False
     return item["count"] >= 1 and ("position" not in item or 0 <= relation[1] < place)
 

@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -204,19 +204,30 @@ def reading(what: str | Path) -> Iterator[None]:
         raise UserError(f"{what} cannot be read: {error.strerror}") from error
 
 
+def parse_json(content: bytes, **options: Any) -> Any:
+    """The content of JSON; ValueError also for half a character (an emoji that a program cut to
+    "\\ud83d"), which cannot be written again as UTF-8. options: of `json.loads`.
+    """
+    found = json.loads(content, **options)
+    json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file."""
     with reading(path):
         content = Path(path).read_bytes()
     try:
-        return json.loads(content)
+        return parse_json(content)
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         refuse_pointers(Path(path))
         text = f"{path} is damaged or not JSON ({error}); copy it again or recreate it"
         raise UserError(text) from error
 
 
-def read_json_lines(path: str | Path) -> list[dict]:
+def read_json_lines(
+    path: str | Path, parse: Callable[[bytes], Any] = parse_json
+) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file; empty lines are skipped."""
     with reading(path):
         content = Path(path).read_bytes()
@@ -230,7 +241,7 @@ def read_json_lines(path: str | Path) -> list[dict]:
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            rows.append(parse(line))
         except (ValueError, RecursionError) as error:
             refuse_pointers(Path(path))
             raise UserError(f"{path} line {number} is not JSON: {error}") from error

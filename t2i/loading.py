@@ -224,6 +224,8 @@ def _check_shape(config: Any, where: str) -> None:
                 least = 1 if isinstance(number, int) else 0
                 if not least <= number < math.inf:
                     raise UserError(f"{where}: {field.name}={value} must be at least {least}")
+                if "dropout" in field.name and number > 1:
+                    raise UserError(f"{where}: {field.name}={value} must be at most 1")
     heads = getattr(config, "n_head", 1)
     if getattr(config, "dim", heads) % heads:
         raise UserError(f"{where}: dim={config.dim} must be a multiple of n_head={heads}")

@@ -178,7 +178,7 @@ def _flatten(content: Any, path: Path) -> dict[str, Tensor]:
             content = _within(content)
     if not _is_state_dict(content):
         held = content if isinstance(content, dict) else {}
-        other = [repr(k) for k, v in held.items() if not isinstance(v, Tensor)]
+        other = [repr(k) for k, v in held.items() if not _is_weight(v)]
         if 0 < len(other) < len(held):
             raise UserError(
                 f"weight file {path} holds entries that are not weights: {shorten_keys(other)}; "
@@ -209,8 +209,13 @@ def _is_state_dict(content: object) -> bool:
     return (
         isinstance(content, dict)
         and bool(content)
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+        and all(isinstance(k, str) and _is_weight(v) for k, v in content.items())
     )
+
+
+def _is_weight(value: object) -> bool:
+    """Whether this is a tensor with all its numbers: not sparse, and not only a shape."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
 
 
 def _unwrapped(name: str) -> str:
@@ -233,6 +238,8 @@ def reading_shape(what: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise UserError(f"not {what}: key {error} is missing") from error
+    except IndexError as error:
+        raise UserError(f"not {what}: a weight has too few dimensions") from error
 
 
 def build_empty(

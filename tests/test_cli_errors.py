@@ -293,6 +293,8 @@ def test_bad_prompts_are_refused(generate_fails, tmp_path):
         b'{"prompt": " "}',
         b'{"prompt": "\xff"}',
         b'{"prompt": "a \\ud83d"}',  # case 15
+        b'{"prompt": "a", "note": "\\ud83d"}',  # used to fail when it was written
+        b'{"prompt": "a", "score": NaN}',  # its images were another prompt's when resumed
         b"[" * 100_000,
     ):
         path.write_bytes(b'{"prompt": "a \xe2\x80\xa8 circle"}\n\n' + bad + b"\n")

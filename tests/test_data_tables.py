@@ -127,6 +127,23 @@ def test_parquet_files_with_other_columns(tmp_path, streaming):
             open_source(given, streaming=streaming)
 
 
+@STREAMED_OR_NOT
+def test_a_damaged_parquet_file_is_named(tmp_path, streaming):
+    """The library says only what is wrong with one of them."""
+    for name in "abc":
+        write_parquet(tmp_path / f"{name}.parquet", {"image": image_structs(), "text": CAPTIONS})
+    damaged = tmp_path / "b.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"b\.parquet is not a readable parquet file"):
+        open_source(tmp_path, streaming=streaming)
+
+
+def test_a_web_datasets_address_may_be_no_text(tmp_path):
+    rows = {"image": image_structs(), "text": CAPTIONS}
+    write_parquet(tmp_path / "0.parquet", rows | {"__key__": [1, 2, 3], "__url__": [7, 8, 9]})
+    assert [sample.key for sample in open_source(tmp_path)] == ["7:1", "8:2", "9:3"]
+
+
 def test_the_message_about_a_saved_data_set(tmp_path):
     """`save_to_disk` writes Arrow files; the advice of the message works."""
     images = [{"bytes": png(i), "path": None} for i in range(3)]

@@ -65,6 +65,7 @@ def test_reading(tmp_path):
         (changed(2, 5, " "), "line 6 .*question_natural_language is empty"),
         (changed(4, 1, "Another"), "line 9 .*differs from line 8"),
         (ROWS[:1] + ROWS[3:4] + ROWS[1:2], "line 5 .*not together"),
+        (changed(4, 5, "Is it grey, or not?"), "line 9 has more cells than the header"),
     ],
 )
 def test_rows_that_cannot_be_scored_are_named(tmp_path, rows, message):
@@ -87,6 +88,8 @@ def test_files_that_hold_no_questions(tmp_path):
             read_questions(tmp_path / "other.csv")
     with pytest.raises(ValueError, match="no column tuple"):
         read_questions(write(tmp_path, header=[c.replace("tuple", "triple") for c in COLUMNS]))
+    with pytest.raises(ValueError, match="two columns text"):
+        read_questions(write(tmp_path, header=[c.replace("keywords", "text") for c in COLUMNS]))
     with pytest.raises(ValueError, match="has no rows"):
         read_questions(write(tmp_path, rows=[]))
     (tmp_path / "image.csv").write_bytes(b"\x89PNG\xff\xfe")

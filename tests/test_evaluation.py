@@ -5,14 +5,17 @@ scores cover all images.
 import errno
 import json
 import os
+import re
 import struct
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dpg_bench.dpg_benchmark import by_prompt as by_question
 from geneval.summary import by_prompt
 from t2i.errors import UserError
 from t2i.evaluation.bootstrap import paired_differences
@@ -20,7 +23,8 @@ from t2i.evaluation.evaluation_options import BenchmarkOptions, Scope
 from t2i.evaluation.gallery import Card
 from t2i.evaluation.judging import Judged
 from t2i.evaluation.results import Score, compare_folders, markdown_table
-from t2i.evaluation.runner import claim_output, evaluate
+from t2i.evaluation.review_page import open_column
+from t2i.evaluation.runner import claim_output, evaluate, is_shapes_world
 from t2i.imaging import save_png
 from t2i.processes import Processes
 
@@ -117,6 +121,14 @@ def test_verdicts_are_kept_until_the_image_or_the_judge_changes(images, tmp_path
     )
     assert len(list((out / "gallery" / "pictures").glob("*.webp"))) == 3
     assert mine.exists(), "a user's file was deleted with pictures that are no longer shown"
+
+    (path,) = out.glob("verdicts/*/00001.jsonl")
+    lines = path.read_text()
+    path.write_text(lines.replace('"correct": false', '"correct": true'))
+    with pytest.raises(UserError, match=r"00001.jsonl has changed .* delete it to judge again"):
+        evaluate(Bright(), out, images=images, scope=SCOPE)
+    path.write_text(re.sub(r', "check": "\w+"', "", lines))  # as older versions wrote it
+    assert evaluate(Bright(), out, images=images, scope=SCOPE) == results
 
     stricter = Bright(threshold=250)
     evaluate(stricter, out, images=images, scope=SCOPE)
@@ -224,7 +236,15 @@ def test_too_few_samples_of_every_prompt_suggest_the_option(images, tmp_path):
         evaluate(Bright(), tmp_path / "out", images=images, scope=replace(SCOPE, samples=4))
 
 
-@pytest.mark.parametrize("content", ['{"model": "sdxl"}', '["a"]', '{"seed": 1, "sampling": 2}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"model": "sdxl"}',
+        '["a"]',
+        '{"seed": 1, "sampling": 2}',
+        '{"seed": 1, "sampling": {}, "about": {"backbone": "sdxl"}}',
+    ],
+)
 def test_another_programs_generation_json_is_ignored(images, tmp_path, content):
     """Valid JSON of another program is ignored; invalid JSON is refused before judging.
     The report used to end in a traceback, after all images had been judged.
@@ -232,6 +252,7 @@ def test_another_programs_generation_json_is_ignored(images, tmp_path, content):
     (images / "generation.json").write_text(content)
     results = evaluate(Bright(threshold=255), tmp_path / "out", images=images, scope=SCOPE)
     assert results["generation"] is None and results["status"] == "complete"
+    assert not is_shapes_world(BenchmarkOptions(images=images))
     (images / "generation.json").write_text("{")
     unasked = Bright()
     with pytest.raises(UserError, match=r"generation\.json"):
@@ -393,11 +414,28 @@ def test_only_comparable_folders_are_compared(images, tmp_path):
             compare_folders(tmp_path / "a", tmp_path / other, groups_of)
     # results.json of another program or version
     results = json.loads((tmp_path / "b" / "results.json").read_text())
-    for content in ({}, [], results | {"scores": 1}, {"scores": {}, "images": "a"}):
+    wrong = [results | {"scores": 1}, results | {"scores": {"overall": 1}}]
+    wrong += [results | {"decimals": places} for places in (True, -1, 1000)]
+    for content in ({}, [], {"scores": {}, "images": "a"}, *wrong):
         (tmp_path / "b" / "results.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"results.json (is not a benchmark's|must hold)"):
             compare_folders(tmp_path / "a", tmp_path / "b", groups_of)
         with pytest.raises(UserError, match=r"results.json (is not a benchmark's|must hold)"):
             claim_output(tmp_path / "b", images)
-    with pytest.raises(UserError, match="hold results of Bright: compare them with its program"):
-        compare_folders(tmp_path / "a", tmp_path / "a", by_prompt)
+    for other in (by_prompt, by_question):
+        with pytest.raises(UserError, match="hold results of Bright: compare them with its prog"):
+            compare_folders(tmp_path / "a", tmp_path / "a", other)
+
+
+@pytest.mark.parametrize("lost", ["first", "last", "all"])
+def test_results_whose_lines_have_changed_are_refused(images, tmp_path, lost):
+    """A cut or edited results.jsonl used to be compared and shown like the whole one."""
+    evaluate(Bright(), out := tmp_path / "a", images=images, scope=SCOPE)
+    lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    kept = {"first": lines[1:], "last": lines[:-1], "all": []}[lost]
+    (out / "results.jsonl").write_text("".join(kept))
+    for read in (partial(compare_folders, out, out, groups_of), partial(open_column, "a", out)):
+        with pytest.raises(UserError, match=r"results\.jsonl has changed since"):
+            read()
+    evaluate(Bright(), out, images=images, scope=SCOPE)  # from the verdicts
+    assert (out / "results.jsonl").read_text() == "".join(lines)

@@ -15,6 +15,7 @@ from t2i.fields import all_optional
 from t2i.files import (
     owning,
     partial_folder,
+    read_json,
     read_json_lines,
     replacing,
     replacing_folder,
@@ -146,6 +147,16 @@ def test_json_lines_end_only_at_line_feeds(tmp_path):
     path.write_text("{}\n[]\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"rows\.jsonl line 2 is not a JSON object"):
         read_json_lines(path)
+
+
+@pytest.mark.parametrize("content", [b'{"a": ["\\ud83d"]}', b'{"\xed\xa0\xbd": 1}'])
+def test_half_a_character_is_refused_when_it_is_read(tmp_path, content):
+    """It used to end in a UnicodeEncodeError when the text was written again, much later."""
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    for read in (read_json, read_json_lines):
+        with pytest.raises(UserError, match=r"a\.json .*(surrogates not allowed|not UTF-8)"):
+            read(path)
 
 
 def test_a_lock_that_cannot_be_taken_is_named(tmp_path):

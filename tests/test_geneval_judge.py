@@ -197,6 +197,7 @@ def test_score_refuses_arguments_that_do_not_fit(images, wanted, message):
     [
         {"count": "1"},
         {"count": 0},
+        {"count": True},
         {"class": ["cat"]},
         {"position": ["left", 0]},
         {"position": ["left of", 1]},

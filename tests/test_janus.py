@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, JanusConfig, JanusForConditionalGenerati
 
 import t2i
 from launch.lab.text_drift import drift_of
+from t2i.errors import UserError
 from t2i.generation import draw_images
 from t2i.loading import load_source
 from t2i.lora import add_lora, merge_lora, without_lora
@@ -234,10 +235,38 @@ def test_settings_that_no_janus_has_are_refused(copy, settings, said):
         ValueError, match=f"config.json: this is not a Janus-Pro configuration.*{said}"
     ):
         Janus.load(copy)
-    stored["text_config"]["num_attention_heads"] = 0
+
+
+@pytest.mark.parametrize(
+    "part, key, value",
+    [
+        ("text_config", "num_attention_heads", 0),
+        ("text_config", "num_hidden_layers", 1 << 70),
+        ("text_config", "rms_norm_eps", float("nan")),
+        ("text_config", "rope_theta", -1.0),
+        ("text_config", "num_key_value_heads", [1]),
+        ("text_config", "max_position_embeddings", "x"),
+        ("vision_config", "depth", True),
+        ("vq_config", "num_hidden_layers", 1 << 30),
+    ],
+)
+def test_settings_of_no_use_are_refused_by_name(copy, part, key, value):
+    """They used to be TypeErrors of PyTorch, or fill memory with layers."""
+    stored = json.loads((copy / "config.json").read_text())
+    stored[part][key] = value
     (copy / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=r"config.json lacks a Janus-Pro setting or has a wrong"):
+    name = {"num_key_value_heads": "n_kv_head"}.get(key, key)
+    with pytest.raises(UserError, match=rf"config.json: .*{name}"):
         Janus.load(copy)
+
+
+def test_a_bos_token_that_is_no_text_is_refused(copy):
+    path = copy / "tokenizer_config.json"
+    stored = json.loads(path.read_text())
+    for token in (["<s>"], {"a": 1}, {"content": 1}, 7):
+        path.write_text(json.dumps(stored | {"bos_token": token}))
+        with pytest.raises(UserError, match=r"tokenizer_config.json: its BOS .* not texts"):
+            Janus.load(copy)
 
 
 def test_mlp_ratios_survive_truncation():

@@ -206,6 +206,7 @@ def test_wrong_settings_of_a_backbone_folder_are_named(tmp_path, change, message
         ({"n_layer": 0}, "n_layer=0 must be at least 1"),
         ({"grid": [4, 0]}, r"grid=\(4, 0\) must be at least 1"),
         ({"dropout": -0.5}, "dropout=-0.5 must be at least 0"),
+        ({"dropout": 2}, "dropout=2 must be at most 1"),
         ({"n_head": 3}, "dim=32 must be a multiple of n_head=3"),
     ],
 )

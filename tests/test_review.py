@@ -247,9 +247,9 @@ def test_names_outside_the_layout_are_ignored(tmp_path):
     [
         ("images/00001/metadata.jsonl", '["a"]', "has no text under"),
         ("images/00001/metadata.jsonl", '{"tag": "x"}', "has no text under"),
-        ("results.json", '{"label": "x"}', "is not a benchmark's: it lacks benchmark, "),
+        ("results.json", '{"label": "x"}', "is not a benchmark's: it lacks a valid benchmark, "),
         ("results.jsonl", '{"filename": 1}', "not in the form that a benchmark writes"),
-        ("results.jsonl", '["x"]', "holds no finished results"),
+        ("results.jsonl", '["x"]', "line 1 is not a JSON object"),
         ("images/00000/stages/00000.json", '{"a": 1}', "holds no codes"),
         ("images/00000/stages/00000.json", "[[[0]], [[0], [1]]]", "holds no codes"),
         ("images/00000/stages/00000.json", "[[], []]", "holds no codes"),

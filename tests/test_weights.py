@@ -200,6 +200,21 @@ def test_an_entry_that_is_not_a_weight_is_named(tmp_path, weights, nest):
         read_state_dict(tmp_path / "x.pt")
 
 
+def test_tensors_without_all_their_numbers_are_no_weights(tmp_path, weights):
+    """Copying them into the model used to end in a RuntimeError."""
+    other = {"a": torch.eye(3).to_sparse(), "b": torch.zeros(2, device="meta")}
+    torch.save(weights | other, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"not weights: 'a', 'b'; save the weights"):
+        read_state_dict(tmp_path / "x.pt")
+
+
+def test_a_weight_whose_dimensions_give_no_shape(tmp_path):
+    """It used to be an IndexError."""
+    torch.save(tiny_vq().state_dict() | {"encoder.conv_in.weight": torch.ones(())}, tmp_path / "x")
+    with pytest.raises(UserError, match=r"not a VQ tokenizer .* too few dimensions"):
+        VQTokenizer.load(tmp_path / "x")
+
+
 def test_safetensors_load_under_any_file_name(tmp_path, weights):
     """In the hub's cache they are named by their hash."""
     save_file(weights, tmp_path / "c2i")

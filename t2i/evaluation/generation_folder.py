@@ -88,7 +88,8 @@ def read_generation(folder: Path) -> dict | None:
     known = read_json(path) if path.is_file() else None
     if not isinstance(known, dict) or not isinstance(known.get("seed"), int):
         return None
-    parts = known.get("sampling"), known.get("about", {})
+    parts = [known.get("sampling"), known.get("about", {})]
+    parts += [part.get("backbone", {}) for part in parts if isinstance(part, dict)]
     return known if all(isinstance(part, dict) for part in parts) else None
 
 

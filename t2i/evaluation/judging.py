@@ -74,13 +74,17 @@ class Verdicts:
         except UserError as error:
             raise UserError(f"{path} is damaged ({error}); delete it to judge again") from error
         for line in lines:
+            check = line.pop("check", None)  # older versions wrote none
             if not {"sample", "sha256"} <= line.keys() or {"row", "unreadable"}.isdisjoint(line):
                 raise UserError(f"{path} is damaged ({line!r:.80}); delete it to judge again")
+            if check not in (None, json_sha256(line)):
+                raise UserError(f"{path} has changed ({line!r:.80}); delete it to judge again")
         return {line["sample"]: line for line in lines}
 
     def write(self, prompt_index: int, lines: dict[int, dict]) -> None:
         """Replace a prompt's lines."""
-        text = "".join(json.dumps(lines[sample]) + "\n" for sample in sorted(lines))
+        checked = (lines[i] | {"check": json_sha256(lines[i])} for i in sorted(lines))
+        text = "".join(json.dumps(line) + "\n" for line in checked)
         write_text(self._file(prompt_index), text)
 
     def _file(self, prompt_index: int) -> Path:

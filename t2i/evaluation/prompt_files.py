@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from t2i.errors import UserError
-from t2i.files import reading
+from t2i.files import parse_json, reading
 from t2i.models.conditions import check_captions
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def _parse_text_line(line: bytes, where: str) -> dict:
 
 def _parse_json_line(line: bytes, where: str) -> dict:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise UserError(f"{where} is not JSON: {error}") from error
     prompt = entry.get("prompt") if isinstance(entry, dict) else None
@@ -92,3 +92,8 @@ def _parse_json_line(line: bytes, where: str) -> dict:
         raise UserError(f'{where} has no text under "prompt"')
     check_captions([prompt], where)
     return entry
+
+
+def _refuse(constant: str) -> None:
+    """NaN is not even equal to itself, so images of such an entry would be another prompt's."""
+    raise ValueError(f"it holds {constant}; write null")

@@ -17,9 +17,10 @@ from t2i import __version__
 from t2i.errors import UserError, shorten
 from t2i.evaluation.bootstrap import Difference, Groups, paired_differences
 from t2i.fields import read_object
-from t2i.files import read_json_lines, write_json, write_text
+from t2i.files import file_sha256, read_json_lines, text_sha256, write_json, write_text
 
 RESULTS_FILE, ROWS_FILE, REPORT_FILE = "results.json", "results.jsonl", "report.md"
+_MOST_DECIMALS = 9
 _PACKAGES = ("torch", "transformers", "open-clip-torch", "numpy", "pillow")
 
 
@@ -97,30 +98,47 @@ def image_source(out: Path, images: Path) -> str:
 
 def write_results(out: Path, results: dict, rows: Sequence[dict]) -> None:
     """Write the three files; results.json comes last, because it marks the result as finished."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_text(out / ROWS_FILE, "".join(lines))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(out / ROWS_FILE, lines)
     write_text(out / REPORT_FILE, markdown(results))
-    write_json(out / RESULTS_FILE, results)
+    write_json(out / RESULTS_FILE, results | {"rows_sha256": text_sha256(lines)})
 
 
-def read_results(out: Path) -> tuple[dict, list[dict]]:
-    """The content of results.json and results.jsonl.
+def read_rows(out: Path, results: dict) -> list[dict]:
+    """The content of results.jsonl; UserError if it is not the file that `results` are about."""
+    path = out / ROWS_FILE
+    rows = read_json_lines(path)
+    if results.get("rows_sha256") not in (None, file_sha256(path)):  # None: an older version's
+        raise UserError(
+            f"{path} has changed since {RESULTS_FILE} was written; start the judging again, which "
+            "keeps finished verdicts"
+        )
+    return rows
+
+
+def read_results(out: Path) -> dict:
+    """The content of results.json.
 
     Raises:
         UserError: the folder holds no finished results, or they are not a benchmark's.
     """
     try:
-        results, rows = read_object(out / RESULTS_FILE), read_json_lines(out / ROWS_FILE)
+        results = read_object(out / RESULTS_FILE)
     except UserError as error:
         raise UserError(f"{out} holds no finished results ({error})") from error
     kinds = {"benchmark": str, "label": str, "decimals": int, "scores": dict, "judge": dict}
     kinds |= {"images": str, "status": str}
-    wrong = [name for name, kind in kinds.items() if not isinstance(results.get(name), kind)]
+    wrong = [name for name, kind in kinds.items() if type(results.get(name)) is not kind]
+    if not wrong:
+        scores = results["scores"].items()
+        wrong = [f"scores.{name}" for name, score in scores if not isinstance(score, dict)]
+        wrong += [] if 0 <= results["decimals"] <= _MOST_DECIMALS else ["decimals"]
     if wrong:
         raise UserError(
-            f"{out / RESULTS_FILE} is not a benchmark's: it lacks {', '.join(wrong)}; make it again"
+            f"{out / RESULTS_FILE} is not a benchmark's: it lacks a valid {', '.join(wrong)}; make "
+            "it again"
         )
-    return results, rows
+    return results
 
 
 def table(results: dict) -> str:
@@ -205,8 +223,7 @@ def compare_folders(
     Raises:
         UserError: a folder has no results, or their benchmarks, judges or prompts differ.
     """
-    results_a, rows_a = read_results(a)
-    results_b, rows_b = read_results(b)
+    results_a, results_b = read_results(a), read_results(b)
     who_a, who_b = _who(results_a), _who(results_b)
     if who_a != who_b:
         raise UserError(
@@ -214,8 +231,8 @@ def compare_folders(
             f"A: {who_a}\nB: {who_b}"
         )
     try:
-        groups = groups_of(rows_a), groups_of(rows_b)
-    except (KeyError, TypeError) as error:
+        groups = groups_of(read_rows(a, results_a)), groups_of(read_rows(b, results_b))
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{a} and {b} hold results of {results_a['benchmark']}: compare them with its program"
         ) from error

@@ -26,7 +26,13 @@ from t2i.evaluation.generation_folder import (
     read_generation,
     sample_file,
 )
-from t2i.evaluation.results import RESULTS_FILE, ROWS_FILE, image_source, read_results
+from t2i.evaluation.results import (
+    RESULTS_FILE,
+    ROWS_FILE,
+    image_source,
+    read_results,
+    read_rows,
+)
 from t2i.files import json_sha256, read_json, saving, writable_folder, write_text
 from t2i.generation import Job
 from t2i.pages import embedded_json, html_page
@@ -121,7 +127,8 @@ def _with_verdicts(folder: Path) -> tuple[Path, ByImage, str]:
     out = next((f for f in places if all((f / name).is_file() for name in both)), None)
     if out is None:
         return folder, {}, ""
-    results, rows = read_results(out)
+    results = read_results(out)
+    rows = read_rows(out, results)
     if out == folder:
         folder = out / results["images"]
     elif results["images"] != image_source(out, folder):

@@ -130,7 +130,7 @@ def evaluate(
     if processes.is_main:
         _report(benchmark, out, inventory, verdicts, scope)
     processes.barrier()
-    return read_results(out)[0]
+    return read_results(out)
 
 
 def _check_kind(name: str, given: object, kind: type) -> None:
@@ -158,7 +158,7 @@ def claim_output(out: Path, images: Path) -> None:
     """
     writable_folder(out)
     if (out / RESULTS_FILE).is_file():
-        before = read_results(out)[0]["images"]
+        before = read_results(out)["images"]
         if before != image_source(out, images):
             raise UserError(f"{out} holds the results of {before}; give another --out")
 
@@ -286,4 +286,4 @@ def is_shapes_world(options: BenchmarkOptions) -> bool:
         base = read_config(options.checkpoint)["backbone"]
     else:
         base = {"weights": options.source}
-    return not {base.get("weights"), base.get("shipped_base")}.isdisjoint(shipped_bases())
+    return any(base.get(name) in shipped_bases() for name in ("weights", "shipped_base"))

@@ -4,6 +4,7 @@ Both are read with pathlib and not with the `datasets` library, which drops imag
 does not list, does not know captions in .txt files, and makes a copy that nothing here needs.
 """
 
+import json
 import os
 import re
 import unicodedata
@@ -200,7 +201,7 @@ class MetadataFolder(Source):
             (parent, row)
             for path in metadata
             for parent in [str(path.parent.relative_to(folder))]  # once, not for each row
-            for row in read_json_lines(path)
+            for row in read_json_lines(path, json.loads)  # `read_captions` mends texts
         ]
         if not self._rows:
             raise UserError(f"{metadata[0]} holds no rows. {METADATA_ADVICE}")

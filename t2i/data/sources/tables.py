@@ -52,7 +52,7 @@ def open_parquet(root: Path, files: Sequence[Path], wanted: CaptionedImages) -> 
     if not columns:
         raise UserError(f"{root} holds no rows")
     files = list(columns)
-    _refuse_different(root, {path: found for path, found in columns.items() if found})
+    _refuse_different(root, columns)
     # The library finds its Arrow copy by path and modification time, which do not change when
     # `cp -p` or rsync replaces a file. A name made of all times gives each state its own copy.
     name = content_key({"files": list(map(file_status, files))})
@@ -63,13 +63,15 @@ def open_parquet(root: Path, files: Sequence[Path], wanted: CaptionedImages) -> 
 
 
 def _columns(path: Path) -> set[str] | None:
-    """The columns of a parquet file; None if it has no rows, empty if it cannot be read."""
+    """The columns of a parquet file; None if it has no rows."""
     try:
         found = pq.read_metadata(path)
         return set(found.schema.to_arrow_schema().names) if found.num_rows else None
-    except (OSError, pa.ArrowException):  # the library reports anything else
+    except (OSError, pa.ArrowException) as error:  # the library would not name the file
         refuse_pointers(path)
-        return set()
+        raise UserError(
+            f"{path} is not a readable parquet file ({error}); copy it again"
+        ) from error
 
 
 def _refuse_different(root: Path, columns: dict[Path, set[str]]) -> None:
@@ -187,7 +189,7 @@ class _Rows(Source):
         value = row[self._image]
         key = f"row {index}"
         if row.get("__key__"):  # a webdataset on the hub
-            key = f"{Path(row.get('__url__') or '').name}:{row['__key__']}"
+            key = f"{Path(str(row.get('__url__') or '')).name}:{row['__key__']}"
         elif isinstance(value, dict) and isinstance(value.get("path"), str):
             key = f"row {index} ({Path(value['path']).name})"
         if isinstance(value, dict):  # the {bytes, path} struct of the datasets library

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from t2i.errors import UserError
-from t2i.fields import read_object
+from t2i.fields import check_types, leaves, read_object
 from t2i.models.blocks import LlamaConfig
 from t2i.models.janus import janus_weights as names
 from t2i.models.tokenizers.vq import VQConfig
@@ -89,6 +89,8 @@ _STATED = (  # part of DeepSeek's configuration, the weight that it describes, o
     ),
 )
 
+_MOST_LAYERS, _MOST = 1000, 1 << 20
+"""Larger numbers, as of a damaged file, would fill memory."""
 SIZES = {
     "1B": {
         "hidden_size": 2048,
@@ -131,9 +133,25 @@ class JanusShape:
         for part in _FIXED:
             whole[part] = _DEFAULTS[part] | (self.transformers.get(part) or {})
         object.__setattr__(self, "transformers", whole)
+        self._check_values()
         side = self.vision["image_size"] // self.vision["patch_size"]
         object.__setattr__(self, "grid", tuple(self.grid or (side, side)))
         self._check()
+
+    def _check_values(self) -> None:
+        """UserError for a setting of another type than usual, or beyond any use."""
+        given = leaves(self.transformers)
+        for name, usual in leaves(_DEFAULTS).items():
+            value = given.get(name)
+            most = _MOST_LAYERS if name.endswith(("layers", "depth")) else _MOST
+            fits = type(value) is type(usual) or (type(usual), type(value)) == (float, int)
+            if fits and type(usual) in (int, float) and name != "image_token_id":
+                fits = 0 < value < most  # type: ignore[operator]  # nor NaN
+            if not fits:
+                raise UserError(f"{name} is {value!r:.80}; it must be one such as {usual!r}")
+        check_types(self.trunk)
+        if not 0 < self.trunk.rope_base < math.inf:
+            raise UserError(f"text_config.rope_theta={self.trunk.rope_base} must be above 0")
 
     def _check(self) -> None:
         other = [

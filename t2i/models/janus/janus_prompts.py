@@ -69,8 +69,10 @@ class JanusPrompts:
         stored = read_object(settings) if settings.is_file() else {}
         tokens = {k: stored.get(f"{k}_token") for k in ("bos", "eos")}
         named: dict = {
-            k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items() if v
+            k: v.get("content") if isinstance(v, dict) else v for k, v in tokens.items() if v
         }
+        if not all(isinstance(token, str) for token in named.values()):
+            raise UserError(f"{settings}: its BOS and EOS tokens are {tokens!r:.80}, not texts")
         with naming(path):
             prompts = JanusPrompts(tokenizer, **named)
         prompts.folder = Path(folder)
