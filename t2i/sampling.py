@@ -190,8 +190,8 @@ class DrawOptions:
         check_whole(batch_size=self.batch_size)
         check_counts(_MOST_ROWS, batch_size=self.batch_size)
         check_seed(self.seed)
+        check_speculate(0 if self.speculate is None else self.speculate)
         check_types(self)
-        check_speculate(self.speculate or 0)
 
 
 def check_seed(seed: int) -> None:
