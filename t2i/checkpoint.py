@@ -37,8 +37,8 @@ from t2i.sources import (
     BackboneSource,
     base_files,
     beside,
-    check_helpers,
     check_place,
+    check_places,
     family_of,
     moved,
     refuse_gone,
@@ -190,7 +190,7 @@ def from_pretrained(
             named), or no such device.
     """
     check_place(folder, "folder")
-    check_helpers(base=base, tokenizer=tokenizer, text_encoder=text_encoder)
+    check_places(base=base, tokenizer=tokenizer, text_encoder=text_encoder)
     device, dtype = pick_device(device, dtype)
     folder = choose_checkpoint(folder)
     config = read_config(folder, contents=True)
@@ -295,7 +295,7 @@ def load_model(
     if base is not None:
         raise UserError(f"{source} is not a checkpoint, so it has no other base: leave out base")
     helpers = {"tokenizer": tokenizer, "text_encoder": text_encoder}
-    check_helpers(**helpers)
+    check_places(**helpers)
     files = base_files(family or family_of(source), source, **helpers, generation_only=True)
     return load_base(files, device, dtype)
 

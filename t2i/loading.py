@@ -17,9 +17,9 @@ from t2i.sampling import SamplingConfig, check_seed
 from t2i.sources import (
     BackboneSource,
     base_files,
-    check_helpers,
     check_named,
     check_place,
+    check_places,
     expand_folder,
     prove,
     resolve,
@@ -117,7 +117,7 @@ def load_backbone(
         )
     shape = asdict(config) if isinstance(config, wanted) else None
     helpers = {"tokenizer": tokenizer, "text_encoder": text_encoder}
-    check_helpers(**helpers)
+    check_places(**helpers)
     files = base_files(family, source, **helpers, config=shape, grid=grid)
     return load_source(files, dtype=dtype, device=device)
 

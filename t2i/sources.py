@@ -102,8 +102,8 @@ def check_place(source: object, what: str) -> None:
         raise UserError(f"{what} is {source!r:.80}: give a path or a name")
 
 
-def check_helpers(**places: str | Path | None) -> None:
-    """UserError for the first of these that is given and can be neither a path nor a name."""
+def check_places(**places: str | Path | None) -> None:
+    """`check_place` for those that are given."""
     for name, place in places.items():
         if place is not None:
             check_place(place, name)

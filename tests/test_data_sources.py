@@ -333,7 +333,7 @@ def test_typed_image_columns_are_not_decoded(tmp_path, streaming):
 def test_damaged_parquet(tmp_path, streaming):
     write_parquet(tmp_path / "0.parquet", {"image": image_structs(), "text": CAPTIONS})
     (tmp_path / "1.parquet").write_bytes(b"PAR1 this is not parquet PAR1")
-    with pytest.raises(ValueError, match="1.parquet is not a readable parquet file"):
+    with pytest.raises(ValueError, match=r"1\.parquet is not a readable parquet file"):
         list(open_source(tmp_path, streaming=streaming))
 
 

@@ -25,7 +25,7 @@ from torchvision.models import Inception3
 from t2i.loading import pick_device
 from t2i.published import PublishedFile
 from t2i.rng import make_keys, uniforms
-from t2i.sources import check_place
+from t2i.sources import check_places
 from t2i.weights import load_strict, read_state_dict
 
 INPUT_SIZE = 299
@@ -154,8 +154,7 @@ def load_inception(
     Raises:
         UserError: the file does not exist, is not the published one, or cannot be downloaded.
     """
-    if weights is not None:
-        check_place(weights, "weights")
+    check_places(weights=weights)
     device, _ = pick_device(device, "float32")
     network = Inception().float()  # whatever torch's default type is
     if str(weights) == RANDOM:
