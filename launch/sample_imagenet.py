@@ -1,7 +1,7 @@
 """Draw the 50,000 images of an ImageNet evaluation with a class-conditional model, for
 `launch/fid.py`.
 
-python launch/sample_imagenet.py --ckpt runs/rar-b-256 --out outputs/rar-b.npz
+python launch/sample_imagenet.py --ckpt runs/rar-b --out outputs/rar-b.npz
 torchrun --nproc_per_node 8 launch/sample_imagenet.py --ckpt runs/llamagen-l-384 \\
     --image-size 256 --labels random --out outputs/l384.npz
 python launch/sample_imagenet.py --base.family rar --base.weights yucornetto/RAR:rar_b.bin \\

@@ -1,7 +1,7 @@
 """Fine-tune LlamaGen text-to-image with TensorAR.
 
-python launch/train_llamagen.py shapes-iclr2026 --steps 100            # offline, CPU or one GPU
-deepspeed launch/train_llamagen.py t2i-xl-256-iclr2026 --data.source my_images --run-dir runs/mine
+python launch/train_llamagen.py shapes-tuned --steps 100            # offline, CPU or one GPU
+deepspeed launch/train_llamagen.py t2i-xl-256-tuned --data.source my_images --run-dir runs/mine
 python launch/train_llamagen.py t2i-xl-256-lora --data.source my_images --check
 """
 

@@ -53,7 +53,11 @@ def grid(
     Args:
         columns: images per row; if None, the sheet is about square.
         labels: one for each image; "" for no label.
-        cell: side of a cell in pixels, to which images are scaled (small ones without smoothing).
+        cell: side of a cell in pixels, to which images are scaled (small ones without smoothing);
+            if None, the longest side of any image, but at least 128.
+
+    Raises:
+        UserError: there are no images, something else is among them, or labels are missing.
     """
     single = isinstance(images, Image.Image) or not isinstance(images, Iterable)
     images = images if single else list(images)

@@ -266,7 +266,16 @@ def _check_codes(backbone: Backbone) -> None:
 
 
 def attach(backbone: Backbone, config: TensorARConfig, *, seed: int = 0) -> TensorAR:
-    """Put a new codec around a backbone; equal to the base, bit for bit, until it is trained."""
+    """Put a new codec around a backbone; equal to the base, bit for bit, until it is trained.
+
+    Args:
+        config: one of `t2i.presets`; with k = 1 there is no codec.
+        seed: of the codec's initial weights.
+
+    Raises:
+        UserError: an argument is of another type, k is larger than the image's number of codes, or
+            codebook noise is asked for and the backbone has no image tokenizer.
+    """
     if not isinstance(backbone, Backbone):
         raise UserError(
             f"attach needs a backbone, but got {backbone!r:.80}: "

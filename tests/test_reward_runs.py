@@ -2,6 +2,7 @@
 if a reward fails.
 """
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -244,6 +245,22 @@ def test_check_of_every_recipe(name, tmp_path):
     taught = "geneval-soft" if config.reward.functions else "nothing is rewarded"
     assert "copy of the start" in said and taught in said
     assert "warnings" not in said, said
+
+
+def test_check_counts_what_stays_beside_the_model(tmp_path):
+    config = recipes()["shapes-reward"][1]
+    data = replace(config.data, source="shapes:40", validation_samples=8)
+    config = replace(config, data=data, run_dir=tmp_path / "run")
+
+    def found(line: str, images: int) -> float:
+        said = check(replace(config, reward=replace(config.reward, draw_batch=images)))
+        size, unit = re.search(rf"{line} +([\d.]+) (MB|GB)", said).groups()
+        return float(size) * {"MB": 1e6, "GB": 1e9}[unit]
+
+    cache, peak = "cache while drawing", "peak, plus 10 %"
+    more = found(cache, 256) - found(cache, 64)
+    assert more > 0.2e9
+    assert found(peak, 256) - found(peak, 64) == pytest.approx(1.1 * more, abs=0.02e9)
 
 
 def test_check_names_prompts_that_are_not_read(tmp_path):

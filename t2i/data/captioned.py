@@ -27,6 +27,6 @@ class CaptionedImages:
     streaming: bool = False
     """Read hub and parquet data row by row, without a copy on disk."""
     outside_images: bool = False
-    """Also use images that a metadata.jsonl or parquet file names outside its folder (by ../, an
-    absolute path or an address). Only for data that you trust.
+    """Also use images that a metadata.jsonl or parquet file names outside its folder (by ../ or an
+    absolute path, in parquet also by an address). Only for data that you trust.
     """

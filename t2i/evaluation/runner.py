@@ -88,7 +88,9 @@ def evaluate(
     Args:
         model: draws the images into OUT/images. Give this or `images`.
         images: a folder in GenEval's layout.
+        scope: prompts and images per prompt; all prompts, 4 images each, if None.
         draw: how the model draws.
+        processes: those that share the work.
 
     Returns:
         The content of results.json.

@@ -35,7 +35,10 @@ def check(config: RewardConfig, world_size: int = 1) -> str:
         lines = [*reward, *_unreadable(config.reward, pool, model)]
         return {"reward": lines, "drawing": _drawing_lines(config, model, plan, world_size)}
 
-    return training_check.check(config, world_size, more)
+    def beside(model: TensorAR) -> float:
+        return sum(_beside(config, model, world_size))
+
+    return training_check.check(config, world_size, more, beside)
 
 
 def _reward_lines(options: RewardOptions, pool: PromptPool) -> list[str]:
@@ -64,31 +67,46 @@ def _unreadable(options: RewardOptions, pool: PromptPool, model: TensorAR) -> It
         )
 
 
-def _drawing_lines(
-    config: RewardConfig, model: TensorAR, plan: Plan | None, world_size: int
-) -> list[str]:
-    """How images are drawn, and the memory and time it takes; `model` is on the meta device."""
-    options, spec = config.reward, model.backbone.spec
-    guided = options.cfg_scale != 1
-    images = min(options.draw_batch, config.batch_size // world_size)
-    length = prompt_length(model.backbone) + model.windows.count - 1
-    cache = model.backbone.new_cache(images * (1 + guided), length)
+def _images_at_once(config: RewardConfig, world_size: int) -> int:
+    return min(config.reward.draw_batch, config.batch_size // world_size)
+
+
+def _beside(config: RewardConfig, model: TensorAR, world_size: int) -> tuple[float, float, float]:
+    """Bytes beside the model: copy of the start, cache, and what the start says of all codes.
+
+    `model` is on the meta device, in the type it computes in.
+    """
+    options = config.reward
+    rows = _images_at_once(config, world_size) * (1 + (options.cfg_scale != 1))
+    cache = model.backbone.new_cache(rows, prompt_length(model.backbone) + model.windows.count - 1)
     held = sum(t.nbytes for t in (*cache.keys, *cache.values))
     start = weight_bytes(config) * sum(
         p.numel() for name, p in trained(model).items() if "lora_" not in name
     )
+    kept = 0
+    if options.teacher is not None:
+        vocab = sum(model.backbone.spec.subvocabs)
+        kept = 4 * config.engine.micro_batch * model.windows.tokens * vocab
+        if options.updates > 1:
+            kept *= config.batch_size // (config.engine.micro_batch * world_size)
+    return start, held, kept
+
+
+def _drawing_lines(
+    config: RewardConfig, model: TensorAR, plan: Plan | None, world_size: int
+) -> list[str]:
+    """How images are drawn, and the memory and time it takes; `model` is on the meta device."""
+    options, images = config.reward, _images_at_once(config, world_size)
+    start, held, kept = _beside(config, model, world_size)
     weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
     lines = [
         f"{config.batch_size} images per step = {config.prompts_per_step} prompts x "
         f"{options.group} images, {images} at once in each process"
-        + (f", guided by {options.cfg_scale:g}" if guided else ", unguided"),
+        + (f", guided by {options.cfg_scale:g}" if options.cfg_scale != 1 else ", unguided"),
         f"{'copy of the start':<34}{readable_size(start)}, beside the model",
         f"{'cache while drawing':<34}{readable_size(held)}, kept from step to step",
     ]
     if (teacher := options.teacher) is not None:
-        kept = 4 * config.engine.micro_batch * model.windows.tokens * sum(spec.subvocabs)
-        if options.updates > 1:
-            kept *= config.batch_size // (config.engine.micro_batch * world_size)
         lines.append(
             f"{'what the start says of all codes':<34}{readable_size(kept)}, guided by "
             f"{teacher.cfg_scale:g} at temperature {teacher.temperature:g}"

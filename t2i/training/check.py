@@ -125,11 +125,18 @@ def check(
     config: TrainConfig,
     world_size: int = 1,
     more: Callable[[TensorAR, Plan | None, Path | None], dict[str, list[str]]] | None = None,
+    beside: Callable[[TensorAR], float] | None = None,
 ) -> str:
-    """The report as text.
+    """What `t2i.train` would do with these settings, as text; trains nothing.
 
-    more: makes further sections (lines by title) from the model on the meta device, the plan, and
-        the checkpoint that the run would resume from.
+    Args:
+        world_size: number of processes of the run.
+        more: makes further sections (lines by title) from the model on the meta device, the plan,
+            and the checkpoint that the run would resume from.
+        beside: bytes that stay in memory beside the model while it trains.
+
+    Raises:
+        UserError: the run would be refused, or no sample of the data can be used.
     """
     check_whole(world_size=world_size)
     check_counts(world_size=world_size)
@@ -146,7 +153,7 @@ def check(
         assert source is not None
         survey, lines, warnings = _captioned(config.data, source, total, model.backbone)
     plan, ends = _look_ahead(config, total, survey, checkpoint)
-    size, too_much = size_report(model, config, plan, world_size)
+    size, too_much = size_report(model, config, plan, world_size, beside)
     weights, state = map(readable_size, checkpoint_bytes(model, config))
     sections = {
         "data": lines,

@@ -57,12 +57,14 @@ class Cost:
     """Weights, frozen parts and feature maps while data are encoded, before training."""
     flops: float
     """Floating-point operations per sample of a training step, without those of attention."""
+    beside: float = 0
+    """What else stays in memory while the model trains, such as the cache of reward fine-tuning."""
 
     @property
     def total(self) -> float:
         """The peak, plus a tenth for the allocator and the libraries."""
         moment = max(self.bucket + self.kept + self.passing, self.stepping)
-        return 1.1 * max(self.state + self.frozen + moment, self.encoding)
+        return 1.1 * max(self.state + self.frozen + self.beside + moment, self.encoding)
 
 
 def weight_bytes(config: TrainConfig) -> int:

@@ -1,5 +1,8 @@
 """Parameters, memory and work of a run, for the report of the pre-flight check."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 
 from t2i.progress import readable_size, readable_time
@@ -12,9 +15,16 @@ _CARDS = (24, 40, 80)  # GB of memory of common cards, to compare with if this m
 
 
 def size_report(
-    model: TensorAR, config: TrainConfig, plan: Plan | None, world_size: int
+    model: TensorAR,
+    config: TrainConfig,
+    plan: Plan | None,
+    world_size: int,
+    beside: Callable[[TensorAR], float] | None = None,
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """Parameters, memory and work: lines by title, and warnings."""
+    """Parameters, memory and work: lines by title, and warnings.
+
+    beside: bytes that stay in memory beside the model while it trains.
+    """
     logits = readable_size(logit_bytes(model, config, gpu=torch.cuda.is_available()))
     backbone = model.backbone
     chosen = config.engine.zero_stage
@@ -30,6 +40,7 @@ def size_report(
             f"not loaded: {backbone.left_out:,} parameters not needed to draw images, {saved}"
         ]
     cost = estimate(model, config, world_size, samples=None if plan is None else plan.samples)
+    cost = cost if beside is None else replace(cost, beside=beside(model))
     fits, warnings = _fits(cost)
     in_all = [*_cost_lines(cost, logits), fits]
     if plan is not None:
@@ -75,6 +86,7 @@ def _cost_lines(cost: Cost, logits: str) -> list[str]:
         "activations of one pass": readable_size(cost.kept),
         "temporary tensors": f"{readable_size(cost.passing)} ({logits} of logits, fp32, in it)",
         "or during the optimizer step": readable_size(cost.stepping),
+        **({"beside the model, see drawing": readable_size(cost.beside)} if cost.beside else {}),
         "while images are encoded": f"{readable_size(cost.encoding)}, before there is an optimizer",
         "peak, plus 10 %": f"{readable_size(cost.total)} (computed from shapes, not measured)",
     }

@@ -88,11 +88,11 @@ def _shapes_recipes() -> Recipes:
     tiny = "offline shapes world, tiny Janus"
     return {
         "shapes-janus-lora": (
-            f"{tiny}: LoRA, image layers, ICLR 2026 method with light drafts",
+            f"{tiny}: LoRA, image layers trained whole, light drafts",
             lora,
         ),
         "shapes-janus-full": (
-            f"{tiny} as a whole, ICLR 2026 method with light drafts",
+            f"{tiny} as a whole, light drafts",
             replace(lora, tuning="full", train_image_layers=False),
         ),
         "shapes-janus-small-data": (
