@@ -79,7 +79,7 @@ def test_a_block_saves_less():
 
 @pytest.mark.parametrize("rounded", [False, True], ids=["fp32", "autocast"])
 def test_all_layers_keep_the_same_mask(rounded):
-    """With padded prompts each layer would keep another copy, as large as batch x inputs x inputs."""
+    """Otherwise each layer would keep a copy, as large as batch x inputs x inputs."""
     x, held = numbers(5, 2, 6, 32), []
     project = torch.nn.Linear(32, 32)
 
