@@ -9,6 +9,8 @@ from torch import Tensor
 from t2i.models import lean
 from t2i.models.blocks import Block, LlamaConfig, attend, causal_mask, rope_table
 from t2i.rng import make_keys, normals
+from t2i.tensorar.codec import QueryTransformer
+from t2i.tensorar.method import TensorARConfig
 
 CONFIG = LlamaConfig(dim=32, n_layer=1, n_head=2, grid=(2, 3), resid_dropout=0.3, ffn_dropout=0.3)
 
@@ -97,3 +99,16 @@ def test_all_layers_keep_the_same_mask(rounded):
             x = attend(q, q, q, mask, None, layer)
     masks = [saved.data_ptr() for saved in held if saved.shape[-2:] == (6, 6)]
     assert len(masks) == 3 and set(masks) == {mask.data_ptr()}
+
+
+@pytest.mark.parametrize("memory_type", [torch.float32, torch.bfloat16])
+def test_codec_norms_can_be_fused_under_autocast(memory_type, monkeypatch):
+    """torch fuses only equal dtypes, and warns otherwise; Janus' embeddings are bf16 there."""
+    own, given = torch.rms_norm, []
+    monkeypatch.setattr(
+        torch, "rms_norm", lambda x, *rest: given.append((x.dtype, rest[1].dtype)) or own(x, *rest)
+    )
+    reader = QueryTransformer(1, TensorARConfig(k=2, mlp=True), 16, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        reader(numbers(6, 3, 2, 16, dtype=memory_type))
+    assert len(given) > 2 and set(given) == {(torch.float32, torch.float32)}
