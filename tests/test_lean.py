@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from t2i.models import lean
-from t2i.models.blocks import Block, LlamaConfig, rope_table
+from t2i.models.blocks import Block, LlamaConfig, attend, causal_mask, rope_table
 from t2i.rng import make_keys, normals
+from t2i.tensorar.codec import QueryTransformer
+from t2i.tensorar.method import TensorARConfig
 
 CONFIG = LlamaConfig(dim=32, n_layer=1, n_head=2, grid=(2, 3), resid_dropout=0.3, ffn_dropout=0.3)
 
@@ -75,3 +77,38 @@ def test_a_block_saves_less():
         return torch.func.functional_call(block, given, (x, rope, None, None))
 
     assert compare(work, [x, *(v.detach() for v in values)]) < 0.75
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["fp32", "autocast"])
+def test_all_layers_keep_the_same_mask(rounded):
+    """Otherwise each layer would keep a copy, as large as batch x inputs x inputs."""
+    x, held = numbers(5, 2, 6, 32), []
+    project = torch.nn.Linear(32, 32)
+
+    def pack(saved: Tensor) -> Tensor:
+        held.append(saved)
+        return saved
+
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=rounded),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved),
+    ):
+        mask = causal_mask(x, torch.tensor([[True, True], [False, True]]), None)
+        for layer in range(3):
+            q = project(x).unflatten(-1, (2, 16)).transpose(1, 2)
+            x = attend(q, q, q, mask, None, layer)
+    masks = [saved.data_ptr() for saved in held if saved.shape[-2:] == (6, 6)]
+    assert len(masks) == 3 and set(masks) == {mask.data_ptr()}
+
+
+@pytest.mark.parametrize("memory_type", [torch.float32, torch.bfloat16])
+def test_codec_norms_can_be_fused_under_autocast(memory_type, monkeypatch):
+    """torch fuses only equal dtypes, and warns otherwise; Janus' embeddings are bf16 there."""
+    own, given = torch.rms_norm, []
+    monkeypatch.setattr(
+        torch, "rms_norm", lambda x, *rest: given.append((x.dtype, rest[1].dtype)) or own(x, *rest)
+    )
+    reader = QueryTransformer(1, TensorARConfig(k=2, mlp=True), 16, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        reader(numbers(6, 3, 2, 16, dtype=memory_type))
+    assert len(given) > 2 and set(given) == {(torch.float32, torch.float32)}

@@ -32,13 +32,23 @@ from t2i.models.lean import Dropout, rms_norm, swiglu
 from t2i.products import prefers_products
 
 
+def product_type(x: Tensor) -> torch.dtype:
+    """The dtype that a linear layer would multiply `x` in, given autocast."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def causal_mask(
     x_BLD: Tensor, prefix_mask_BP: Tensor | None, cache: KVCache | None
 ) -> Tensor | None:
-    """Which entries the inputs may attend to, bool [B or 1, 1, L, extent]; None for plain causal
-    attention.
+    """What to add to attention logits, [B or 1, 1, L, extent] in the queries' dtype: 0 for entries
+    that the inputs may attend to, otherwise -inf. None for plain causal attention.
 
     Every entry sees itself, even a masked-out prefix entry: a row without any key would give NaN.
+    Numbers, not bools: attention would make numbers of those again in every layer, and keep them
+    for the backward pass.
     """
     if prefix_mask_BP is None and cache is None:
         return None
@@ -46,16 +56,17 @@ def causal_mask(
     index_L = torch.arange(length, device=x_BLD.device) if cache is None else cache.index
     extent = length if cache is None else cache.extent
     columns = torch.arange(extent, device=index_L.device)
-    allowed = columns <= index_L[..., None]
-    if allowed.dim() == 2:  # all rows feed the same entries
-        allowed = allowed[None]
+    hidden = columns > index_L[..., None]
+    if hidden.dim() == 2:  # all rows feed the same entries
+        hidden = hidden[None]
     if prefix_mask_BP is not None:
-        visible = torch.ones(
+        padding = torch.zeros(
             prefix_mask_BP.shape[0], extent, dtype=torch.bool, device=index_L.device
         )
-        visible[:, : prefix_mask_BP.shape[1]] = prefix_mask_BP[:, :extent]
-        allowed = (allowed & visible[:, None]) | (columns == index_L[..., None])
-    return allowed[:, None]
+        padding[:, : prefix_mask_BP.shape[1]] = ~prefix_mask_BP[:, :extent]
+        hidden = (hidden | padding[:, None]) & (columns != index_L[..., None])
+    shown = torch.zeros(hidden.shape, dtype=product_type(x_BLD), device=hidden.device)
+    return shown.masked_fill(hidden, -torch.inf)[:, None]
 
 
 def attend(
@@ -83,7 +94,7 @@ def attend(
     if torch.compiler.is_compiling() and prefers_products(q_BHLK.device) and not dropout:
         if mask is None:
             length = q_BHLK.shape[2]
-            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q_BHLK.device).tril()
+            mask = q_BHLK.new_full((1, 1, length, length), -torch.inf).triu(1)
         return _attend_by_products(q_BHLK, k_BHLK, v_BHLK, mask)
     # A branch, as with dynamic sizes the comparison alone is not a bool to a compiler.
     grouped = {"enable_gqa": True} if k_BHLK.shape[1] != q_BHLK.shape[1] else {}
@@ -107,8 +118,8 @@ def _attend_by_products(q_BHnK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask: Te
     # Queries that share keys become the rows of one matrix product.
     q = (q_BHnK * width**-0.5).reshape(batch, shared, -1, width)
     scores = (q @ k_BHLK.transpose(-1, -2)).unflatten(2, (-1, q_BHnK.shape[2]))
-    weights = scores.masked_fill_(~mask[:, :, None], -torch.inf).softmax(-1, dtype=torch.float32)
-    out = weights.type_as(v_BHLK).flatten(2, 3) @ v_BHLK
+    weights = (scores + mask[:, :, None]).softmax(-1)  # computes in fp32 whatever its dtype
+    out = weights.flatten(2, 3) @ v_BHLK
     return out.view(q_BHnK.shape).transpose(1, 2).flatten(2)
 
 

@@ -24,6 +24,13 @@ from t2i.models.lean import swiglu
 from t2i.tensorar.method import TensorARConfig
 
 
+class Norm(nn.RMSNorm):
+    """RMS norm in its weight's dtype: torch fuses only equal ones, and autocast mixes them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.type_as(self.weight))
+
+
 class CodecBlock(nn.Module):
     """Pre-norm attention of queries to [memory; queries], then an optional SwiGLU (8 D^2
     parameters).
@@ -32,7 +39,7 @@ class CodecBlock(nn.Module):
     def __init__(self, config: TensorARConfig, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm_query, self.norm_memory = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.norm_query, self.norm_memory = Norm(dim), Norm(dim)
         self.wq, self.wo = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.wkv = nn.Linear(dim, 2 * dim, bias=False)
         self.mlp = SwiGLU(dim) if config.mlp else None
@@ -87,7 +94,7 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         hidden = 8 * round(dim / 3)  # tensor cores need a multiple of 8
-        self.norm = nn.RMSNorm(dim)
+        self.norm = Norm(dim)
         self.w1, self.w3 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from t2i.models.base import Backbone
+from t2i.models.blocks import product_type
 
 LOGITS_AT_ONCE = 2**22
 """How many logits exist at once in training (but at least those of `ROWS_AT_ONCE` rows)."""
@@ -180,7 +181,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_RD, weight_VD, bias_V, codes_R, scale_R, chunks):
-        kind = _product_type(x_RD)
+        kind = product_type(x_RD)
         weight, bias = (None if t is None else t.to(kind) for t in (weight_VD, bias_V))
         d_x, d_weight, d_bias = (
             torch.zeros_like(t, dtype=torch.float32) if needed else None
@@ -215,11 +216,3 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad, _):
         # In place: the saved tensors are not read again, as autograd refuses a second backward.
         return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None, None, None
-
-
-def _product_type(x: Tensor) -> torch.dtype:
-    """The dtype that a linear layer would multiply in, given autocast."""
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
