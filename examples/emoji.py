@@ -5,12 +5,12 @@
     pip install resvg-py
     python examples/emoji.py --packages . --out emoji
 
-OUT/others/     80 things (24 with --few) by five vendors, several views of each drawing; captions
-                such as "red apple, noto style"
-OUT/mine/       every second thing by a sixth vendor; plain captions such as "red apple"
-OUT/never/      the other things by that vendor: only for judging, never for training
-OUT/never.txt   prompts for them, such as "pear, streamline style"
-OUT/LICENCES.txt    each vendor's license, as its package states it
+    OUT/others/       80 things (24 with --few) by five vendors, several views of each drawing;
+                      captions such as "red apple, noto style"
+    OUT/mine/         every second thing by a sixth vendor; plain captions such as "red apple"
+    OUT/never/        the other things by that vendor: only for judging, never for training
+    OUT/never.txt     prompts for them, such as "pear, streamline style"
+    OUT/LICENCES.txt  each vendor's license, as its package states it
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Run the whole kit in ten minutes on two CPU cores, offline, on the shapes world.
+"""Run the whole kit offline, on the shapes world, in minutes on two CPU cores.
 
 Builds a data set, fine-tunes the shipped base as usual (the control) and with TensorAR for the same
 number of steps in the same data order, draws held-out prompts with all three, judges the images

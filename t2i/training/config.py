@@ -52,7 +52,9 @@ class _AnyData:
     """Options shared by captioned images and images of classes."""
 
     validation_samples: int | None = None
-    """Samples held out for the validation loss and never trained on; None: 4 %, from 8 to 256."""
+    """Samples held out for the validation loss and never trained on; None: 4 %, from 8 to 256, but
+    at most a fifth.
+    """
     cache_dir: Path = Path("cache")
     """Folder of cached codes and text features, shared by all runs on the same data."""
 
