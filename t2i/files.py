@@ -29,6 +29,10 @@ _LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 _LOCK, _OWNER = ".lock", ".owner.json"
 PARTIAL, REPLACED = ".t2i-partial", ".t2i-old"
 """Name endings of temporary folders. Folders named so get deleted: users must not use them."""
+_PASSING = {
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
+    *(errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+}
 _OF_FILES = (".png", ".jpg", ".npy", ".npz", ".html", ".json", ".pt", ".safetensors", ".zip")
 
 
@@ -202,6 +206,16 @@ def reading(what: str | Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(f"{what} cannot be read: {error.strerror}") from error
+
+
+def unreadable_now(what: str | Path, error: Exception) -> UserError:
+    return UserError(f"{what} cannot be read now ({error}). Start again to continue")
+
+
+def refuse_passing(what: str | Path, error: Exception) -> None:
+    """UserError if an error is the machine's or a network disk's, not the file's: it may pass."""
+    if isinstance(error, OSError) and error.errno in _PASSING:
+        raise unreadable_now(what, error) from error
 
 
 def parse_json(content: bytes, **options: Any) -> Any:

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from t2i.errors import UserError, nearest_path
-from t2i.files import file_sha256, reading, replacing, text_sha256, write_text
+from t2i.files import file_sha256, reading, refuse_passing, replacing, text_sha256, write_text
 from t2i.progress import progress_bar
 
 _TIMEOUT = 60.0  # seconds without a byte
@@ -45,10 +45,15 @@ def cache_root() -> Path:
 
 # -- hashes ----------------------------------------------------------------------------------------
 def file_status(path: Path) -> list[int] | None:
-    """[size, modification time, change time] of a file; None if there is no such file."""
+    """[size, modification time, change time] of a file; None if there is no such file.
+
+    Raises:
+        UserError: it cannot be read now, but perhaps later.
+    """
     try:
         status = path.stat()
-    except (OSError, ValueError):  # gone, unreadable, or not a possible name
+    except (OSError, ValueError) as error:  # gone, unreadable, or not a possible name
+        refuse_passing(path, error)
         return None
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 

@@ -1,6 +1,8 @@
 """Every kind of odd image has a defined result: the right pixels, or a skip with its reason."""
 
+import errno
 import io
+import os
 import struct
 import zlib
 
@@ -10,7 +12,7 @@ import torch
 from helpers import golden_fixture
 from PIL import Image, ImageOps
 
-from t2i.data import images
+from t2i.data import content, images
 from t2i.data.images import (
     FileSlice,
     ImageRules,
@@ -116,9 +118,28 @@ def test_a_hub_that_fails_is_no_unreadable_image(monkeypatch):
         raise ConnectionError("Network is unreachable")
 
     monkeypatch.setattr("fsspec.open", fail)
-    with pytest.raises(UserError, match=r"hf://d/a\.zip cannot be read from the hub \(Network is"):
+    with pytest.raises(UserError, match=r"hf://d/a\.zip cannot be read now \(Network is un"):
         open_image(RemoteFile("zip://1.png::hf://d/a.zip"))
     assert reason(RemoteFile("https://gone.example/1.png")) == "unreadable"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("sliced", [False, True])
+def test_a_fault_of_the_machine_is_no_unreadable_file(number, sliced, tmp_path, monkeypatch):
+    """A lost network disk, or too many open files, would lose every image read meanwhile."""
+    (tmp_path / "a.png").write_bytes(encode(Image.new("RGB", (8, 8), "lime")))
+    where = FileSlice(tmp_path / "a.png", 0, 9) if sliced else tmp_path / "a.png"
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("t2i.data.images.open", fail, raising=False)
+    monkeypatch.setattr("t2i.data.content.file_sha256", fail)
+    for read in (lambda: open_image(where), lambda: content._hash(tmp_path / "a.png")):
+        with pytest.raises(UserError, match=r"a\.png cannot be read now \(.*\)\. Start again"):
+            read()
+    number = errno.EACCES
+    assert reason(where) == "unreadable"
 
 
 def test_cmyk_is_converted():

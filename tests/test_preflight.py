@@ -37,6 +37,17 @@ def test_a_warning_means_not_ready(tiny_world, tmp_path):
     assert "not ready, 1 warning:" in report.splitlines()[-1]
 
 
+def test_training_gives_the_same_warnings_of_its_settings_once(tiny_world, caplog):
+    config = tiny_run(tiny_world, "warned", steps=2, optim__warmup_steps=9)
+    text = "optim.warmup_steps=9 is not below the 2 steps of the run: no rate reaches its peak"
+    assert text in check(config)
+    train(config)
+    assert caplog.messages.count(text) == 1
+    caplog.clear()
+    train(replace(config, steps=3, resume=True))
+    assert text not in caplog.messages
+
+
 def test_captions_that_come_out_empty(tmp_path, monkeypatch):
     """Case 14: --check reports them, even if the text encoder has yet to be fetched."""
     # It takes seconds, and has its own tests.

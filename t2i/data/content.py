@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from t2i.errors import shorten
-from t2i.files import file_sha256, text_sha256
+from t2i.files import file_sha256, refuse_passing, text_sha256
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 from t2i.published import KnownHashes, file_status
@@ -156,7 +156,8 @@ def _hash_new(place: Path | None, statuses: dict[Path, list[int]], quiet: bool) 
 def _hash(path: Path) -> str:
     try:
         return file_sha256(path)[:_DIGITS] if path.is_file() else ABSENT
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        refuse_passing(path, error)
         return ABSENT
 
 

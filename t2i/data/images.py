@@ -23,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from t2i.errors import UserError
+from t2i.files import refuse_passing, unreadable_now
 from t2i.lfs import LFS_POINTER
 
 # Part of every cache key: change it whenever the pixels of an image change.
@@ -93,7 +94,8 @@ def read_bytes(where: Path | FileSlice | RemoteFile, limit: int | None = None) -
 
     Raises:
         SkipSample: the file is missing, unreadable, corrupt, or too large.
-        UserError: the hub cannot be reached. (Other addresses may be dead links.)
+        UserError: the hub or a network disk cannot be reached, or the machine has run out of memory
+            or open files.
     """
     try:
         if isinstance(where, RemoteFile):
@@ -104,13 +106,14 @@ def read_bytes(where: Path | FileSlice | RemoteFile, limit: int | None = None) -
             if limit is not None and len(data) > limit:
                 raise SkipSample("too large", f"more than {limit} bytes")
             return data
+        path = where.path if isinstance(where, FileSlice) else where
         if isinstance(where, FileSlice):
-            path, offset, size = where.path, where.offset, where.size
+            offset, size = where.offset, where.size
         else:
-            status = where.stat()
+            status = path.stat()
             if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
                 raise SkipSample("unreadable", "not a regular file")  # a pipe would block forever
-            path, offset, size = where, 0, status.st_size
+            offset, size = 0, status.st_size
         if limit is not None and size > limit:
             raise SkipSample("too large", f"{size} bytes, limit {limit}")
         with open(path, "rb") as file:
@@ -119,10 +122,10 @@ def read_bytes(where: Path | FileSlice | RemoteFile, limit: int | None = None) -
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise SkipSample("missing", str(error)) from error
     except (OSError, ValueError) as error:  # permissions, name too long, a NUL byte in the name
-        if isinstance(where, RemoteFile) and "hf://" in where.url:
-            raise UserError(
-                f"{where.url} cannot be read from the hub ({error}). Start again to continue"
-            ) from error
+        if not isinstance(where, RemoteFile):
+            refuse_passing(path, error)
+        elif "hf://" in where.url:  # other addresses may be dead links
+            raise unreadable_now(where.url, error) from error
         raise SkipSample("unreadable", str(error)) from error
     if len(data) < size:
         raise SkipSample("corrupt", f"{path} ends inside this file")

@@ -1,5 +1,6 @@
 """A training run in progress: builds what it needs, steps, validates, draws sheets and saves."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ from t2i.training.engine import (
 )
 from t2i.training.logs import MetricsLog
 from t2i.training.run_page import refresh_run_page
+from t2i.training.run_plan import about_settings
 from t2i.training.settings import plain
 from t2i.training.start import build_model
 from t2i.training.validation import validate
@@ -48,6 +50,8 @@ from t2i.training.watch import PeerWatch
 
 BEST_BY = "validation/own_drafts/slot0"
 """The loss that decides which model is best: of the final codes, with the model's own drafts."""
+
+log = logging.getLogger(__name__)
 
 
 class Run:
@@ -96,6 +100,9 @@ class Run:
         if processes.is_main:
             if checkpoint is not None:
                 run_state.set_aside_damaged(config.run_dir, checkpoint)
+            else:
+                for warning in about_settings(config, self.plan):
+                    log.warning(warning)
             config.run_dir.mkdir(parents=True, exist_ok=True)
             settled = {"plan": asdict(self.plan), "sheet_prompts": self.prompts}
             write_json(config.run_dir / "config.json", plain(config) | settled)
