@@ -29,7 +29,7 @@ from t2i.fields import check_type, from_json
 from t2i.files import replacing_folder, write_json
 from t2i.loading import attach, load_source, pick_device
 from t2i.lora import load_adapter, plain_weights, save_adapter
-from t2i.manifest import write_manifest
+from t2i.manifest import refuse_replacing, write_manifest
 from t2i.models.base import Backbone
 from t2i.models.families import find_family
 from t2i.sampling import SamplingConfig
@@ -69,6 +69,7 @@ def save_pretrained(
     """Write a checkpoint folder, whole or not at all.
 
     Args:
+        folder: a new one, an empty one, or an earlier checkpoint's, which is replaced.
         tuning: which of the backbone's weights differ from the base: all ("full"), none ("codec"),
             or only by adapters ("lora").
         image_layers: whether the layers that embed and predict image codes differ, too.
@@ -76,7 +77,8 @@ def save_pretrained(
         training: facts about the run, stored unchanged: what JSON can hold.
 
     Raises:
-        UserError: an argument has the wrong type, or the backbone is not from `load_backbone`.
+        UserError: an argument has the wrong type, the folder holds other files, or the backbone is
+            not from `load_backbone`.
     """
     check_place(folder, "folder")
     for name, value, kind in (
@@ -96,6 +98,7 @@ def save_pretrained(
             "this backbone was not loaded by load_backbone, so a checkpoint could not name its base; "
             "load it with load_backbone(family, source)"
         )
+    refuse_replacing(Path(folder))
     with new_checkpoint(Path(folder)) as partial:
         write_model(
             model,

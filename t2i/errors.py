@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 class NotFiniteError(UserError, FloatingPointError):
-    """A training run's loss, gradient or weights are not finite: its settings cannot be used."""
+    """A loss, gradient, weight or logit is not finite: its settings cannot be used."""
 
 
 class Stopped(KeyboardInterrupt):

@@ -4,7 +4,7 @@ import logging
 import os
 from pathlib import Path, PurePosixPath
 
-from t2i.errors import UserError
+from t2i.errors import UserError, no_folder, shorten
 from t2i.fields import read_object
 from t2i.files import file_sha256, write_json
 from t2i.published import remembered_sha256
@@ -36,6 +36,26 @@ def refuse_in_checkpoint(place: str | Path, option: str) -> None:
                 f"{option} {place} lies in {folder}, where a training run keeps its checkpoints and "
                 "which it deletes or replaces as a whole: choose another folder"
             )
+
+
+def refuse_replacing(folder: Path) -> None:
+    """UserError unless a checkpoint may be written there, which replaces the folder as a whole: it
+    must be new, empty, or a checkpoint of which every file is listed, without a training state.
+    """
+    refuse_in_checkpoint(folder, "folder")
+    if folder.name in ("", ".."):
+        raise UserError(f"{folder} cannot be replaced by a checkpoint: name a new folder")
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} {no_folder(folder)}: choose another place for the checkpoint")
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    known = {MANIFEST, *_read(folder)} if (folder / MANIFEST).is_file() else set()
+    if lost := sorted(n for n in there if n not in known or n.startswith(TRAINING_STATE)):
+        raise UserError(
+            f"{folder} would be replaced as a whole, and holds {shorten(lost, most=3)}: "
+            "choose a new folder, or one that holds nothing but a checkpoint's weights"
+        )
 
 
 def write_manifest(folder: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -81,6 +81,22 @@ class Processes:
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do `work` in every process; if one raises a UserError, all raise it, since the others
+        would only report that they have lost it, or wait for it.
+
+        All processes must call it; the work itself must not wait for other processes.
+        """
+        result, error = None, None
+        try:
+            result = work()
+        except UserError as own:
+            error = own
+        for rank, said in enumerate(self.gather(error and str(error))):
+            if said is not None:
+                raise error or UserError(f"in process {rank}: {said}")
+        return cast(T, result)
 
     def wait_for(self, paths: Sequence[Path]) -> None:
         """Wait until all of these files, which other processes write, exist.

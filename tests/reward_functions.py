@@ -4,6 +4,7 @@ import os
 import time
 
 import numpy as np
+import torch
 
 
 def brightness(images, metadata):
@@ -28,6 +29,17 @@ def dies(images, metadata):
 
 def nan(images, metadata):
     return [0.5] * (len(images) - 1) + [float("nan")]
+
+
+def as_bad_as_can_be(images, metadata):
+    return [0.5] * (len(images) - 1) + [-1.7e308]
+
+
+def changes_defaults(images, metadata):
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_grad_enabled(False)
+    return [0.5] * len(images)
 
 
 def one_too_few(images, metadata):

@@ -168,6 +168,12 @@ def test_a_full_disk_of_one_rank_ends_both(two_ranks):
     assert not list((two_ranks / "runs" / "ranks-full" / "checkpoints").iterdir())
 
 
+def test_data_missing_in_one_rank_end_both_with_its_message(two_ranks):
+    """The other process used to end in a traceback about a lost connection."""
+    said = [(two_ranks / f"missing-{rank}.txt").read_text() for rank in (0, 1)]
+    assert "nowhere does not exist" in said[1] and said[0] == f"in process 1: {said[1]}"
+
+
 def test_checkpoints_draw_the_same_in_a_new_process(two_ranks, tmp_path):
     here = [draw(two_ranks / "runs" / name, tmp_path) for name in DRAWN]
     for name, images in zip(DRAWN, here, strict=True):

@@ -3,10 +3,12 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reward_functions
 import torch
 from PIL import Image
 from reward_functions import brightness
@@ -138,6 +140,7 @@ def panel_of(function: str, **changes) -> Panel:
     [
         ("raises", r"raises raised ConnectionError: no server on port 18085; prompt 'a photo of a"),
         ("hangs", r"hangs did not answer within 0\.2 seconds .* 2 images; prompt 'a photo"),
+        ("as_bad_as_can_be", r"gave -1\.7e\+308, but may give up to 1e\+30; prompt 'a photo of"),
         ("nan", r"nan gave nan; prompt 'a photo of a circle left"),
         ("one_too_few", r"one_too_few gave 1 numbers for 2 images; prompt"),
         ("pairs", r"pairs gave array\(\[\[1\., 1\.\], \[1\., 1\.\]\]\) instead of a number"),
@@ -176,6 +179,21 @@ def test_no_images_need_no_reward():
     """A process may have no share of a watched benchmark, and CLIP cannot stack nothing."""
     stacks = {"stacks": lambda images, _: np.stack(images).mean((1, 2, 3))}
     assert Panel(stacks, {"stacks": 1.0}, seconds=30.0, constant=3).judge("stacks", [], []) == []
+
+
+def test_a_reward_leaves_pytorchs_defaults_alone(tmp_path, monkeypatch):
+    """Gradients switched off in a scoring script ended training in an assertion of DeepSpeed's; a
+    default type changed its bits.
+    """
+    changes = Path(reward_functions.__file__).read_text() + "\nchanges_defaults([], [])\n"
+    (tmp_path / "scoring_script.py").write_text(changes)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    name = "scoring_script:changes_defaults"
+    panel = Panel({name: own_function(name)}, {name: 1.0}, seconds=30.0, constant=3)
+    assert panel.judge_all([RIGHT], [position("circle", "left of", "square")]) == {name: [0.5]}
+    after = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    assert after == before
 
 
 def test_rewards_keep_no_gradients():

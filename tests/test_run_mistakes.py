@@ -221,6 +221,27 @@ def test_replacing_a_folder_keeps_foreign_folders_of_similar_names(tmp_path):
     ]
 
 
+def test_a_saved_model_replaces_no_files_of_others(plain, tmp_path):
+    """`save_pretrained` used to replace a file, a run, or a folder of pictures of the same name."""
+    model = t2i.from_pretrained(plain)
+    run = shutil.copytree(plain.parents[1], tmp_path / "run", ignore=lambda *_: ["best"])
+    export, file = tmp_path / "export", tmp_path / "file"
+    (export / "tensorar").mkdir(parents=True)
+    shutil.copytree(plain, tmp_path / "copy")  # with a training state
+    for path in (export / "model.pt", export / "tensorar" / "manifest.json", file):
+        path.write_text("mine")
+    before = folder_content(tmp_path)
+    for place in (run, run / "checkpoints" / plain.name, tmp_path, export, file, tmp_path / "copy"):
+        with pytest.raises(
+            UserError, match=r"(replaced as a whole|keeps its checkpoints|is a file)"
+        ):
+            t2i.save_pretrained(model, place, tuning="full")
+    assert folder_content(tmp_path) == before
+    (tmp_path / "new").mkdir()
+    for _ in range(2):  # an empty folder, then its own
+        t2i.save_pretrained(model, tmp_path / "new", tuning="full")
+
+
 # -- options ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("option", [{"grid": (4, 4)}, {"text_encoder_dtype": "bfloat16"}])
 def test_options_that_a_checkpoint_settles_itself_are_refused(plain, option):

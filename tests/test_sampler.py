@@ -15,7 +15,7 @@ from helpers import (
     tiny_prepared,
 )
 
-from t2i.errors import UserError
+from t2i.errors import NotFiniteError, UserError
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig, SubTokenSampling
 from t2i.tensorar import presets, sampler
@@ -283,6 +283,16 @@ def test_a_stride_above_the_window_size_is_refused(model):
     base = TensorAR(model.backbone, presets.base()).eval()
     with pytest.raises(UserError, match="stride=2 must be between 1 and the window size k=1"):
         sample_windows(base, prepared, keys, SamplingConfig(stride=2))
+
+
+def test_images_of_numbers_that_are_not_finite_are_refused(model):
+    """float16 overflows in many models, and what is drawn from NaN looks like an image."""
+    prepared, keys = tiny_prepared(model.backbone, 2), make_keys(0, torch.arange(2))
+    with torch.no_grad():
+        next(iter(model.backbone.image_layers().values())).weight.fill_(torch.nan)
+    for settings in ({}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.9}):
+        with pytest.raises(NotFiniteError, match="in float32, the model's outputs are NaN"):
+            sample_windows(model, prepared, keys, SamplingConfig(**settings))
 
 
 def test_training_mode_is_refused():

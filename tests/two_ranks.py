@@ -60,6 +60,7 @@ def main(root: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     full_disk(root)
+    missing_data(root)
     with suppress(KeyboardInterrupt), before_step(1, stop):
         train(tiny_run(root, "ranks-stopped", steps=1000))
 
@@ -79,6 +80,16 @@ def full_disk(root: Path) -> None:
             train(tiny_run(root, "ranks-full", steps=1))
         except UserError as error:
             (root / f"full-{os.environ['RANK']}.txt").write_text(str(error))
+
+
+def missing_data(root: Path) -> None:
+    """The second process, as if on another machine, does not find the data."""
+    rank = os.environ["RANK"]
+    own = {"data__source": str(root / "nowhere")} if rank == "1" else {}
+    try:
+        train(tiny_run(root, "ranks-missing", steps=1, **own))
+    except UserError as error:
+        (root / f"missing-{rank}.txt").write_text(str(error))
 
 
 def odd_sizes(root: Path, stage: int) -> None:

@@ -134,6 +134,11 @@ class DataReport:
         """All `lines` as one: '2 missing (a.png, b.png), 1 no caption (c.png)'."""
         return "; ".join(self.lines()) or "nothing skipped"
 
+    def no_usable(self) -> str:
+        """`describe` for a refusal when nothing can be used, with what is wrong with the first."""
+        first = next((line["detail"] for line in self.skipped if line["detail"]), "")
+        return f"{self.describe()}{first and f'; the first says: {short_name(first)}'}"
+
     def lines(self) -> list[str]:
         """Sentences for the user: skipped samples, notes, remarks; empty if there are none."""
         skipped = _listing(self.keys, self._advice)

@@ -326,7 +326,7 @@ def _finish(folder: Path, key: dict, source: Source, readers: Sequence[ShardRead
     filled = [reader for reader in readers if reader.codes_shape[0]]
     if not filled:
         raise UserError(
-            f"no usable sample among the {report.seen} of {source.name}: {report.describe()}. "
+            f"no usable sample among the {report.seen} of {source.name}: {report.no_usable()}. "
             f"All of them are listed in {folder / 'skipped.jsonl'}"
         )
     shapes = {(*r.codes_shape[1:], r.text_dim, r.labels is not None) for r in filled}

@@ -21,7 +21,10 @@ import torch
 
 from t2i.errors import UserError
 from t2i.reward.reward_options import RewardOptions
-from t2i.reward.rewards import Entries, Images, Reward, load_rewards
+from t2i.reward.rewards import Entries, Images, Reward, defaults_kept, load_rewards
+
+_LARGEST = 1e30
+"""Larger rewards overflow when they are squared for the spread of a group: nothing is learned."""
 
 
 class RewardError(UserError):
@@ -67,8 +70,8 @@ class Panel:
         """One reward's values, one per image.
 
         Raises:
-            RewardError: the reward raised, took too long, or did not give one finite number per
-                image.
+            RewardError: the reward raised, took too long, or did not give one number per image,
+                none beyond 1e30.
         """
         if not images:
             return []
@@ -87,8 +90,9 @@ class Panel:
                 f"reward {name} gave {len(values)} numbers for {len(images)} images{about}"
             )
         for value, entry in zip(values, entries, strict=True):
-            if not math.isfinite(value):
-                raise RewardError(f"reward {name} gave {value}{_example([entry])}")
+            if not abs(value) <= _LARGEST:
+                limit = f", but may give up to {_LARGEST:g}" if math.isfinite(value) else ""
+                raise RewardError(f"reward {name} gave {value:g}{limit}{_example([entry])}")
         return values
 
     def _ask(self, name: str, images: Images, entries: Entries) -> Any:
@@ -101,7 +105,7 @@ class Panel:
 
         def work() -> None:
             try:
-                with torch.no_grad(), gpu:
+                with defaults_kept(), torch.no_grad(), gpu:
                     # Copies, since a function may well change what it is given: image.thumbnail
                     # does. The next reward and the sheets show the images as they were drawn.
                     own = [image.copy() for image in images], deepcopy(list(entries))

@@ -2,7 +2,8 @@
 Users give their own function as package.module:function.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,25 @@ def _answerer(options: RewardOptions, device: torch.device) -> Answerer:
     return load_answerer(name, options.answerer_weights, device)
 
 
+@contextmanager
+def defaults_kept() -> Iterator[None]:
+    """Undo what code of others changes in PyTorch's defaults, which training shares with it:
+    scripts that score images often switch gradients off for good, or choose a type or device.
+    """
+    gradients, dtype, device = (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+    )
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)
+
+
 def own_function(name: str) -> Reward:
     """Import a user's package.module:function.
 
@@ -72,7 +92,8 @@ def own_function(name: str) -> Reward:
     """
     module, _, function = name.partition(":")
     try:
-        found = getattr(import_module(module), function)
+        with defaults_kept():
+            found = getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"reward.functions: {name} cannot be imported ({error}); the module must be on "

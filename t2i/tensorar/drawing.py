@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from t2i.errors import NotFiniteError
 from t2i.rng import fold, gumbels, uniforms
 from t2i.sampling import SamplingConfig, SubTokenSampling
 from t2i.tensorar.windows import Windows
@@ -96,6 +97,26 @@ def pick(logits: Tensor, keys: Tensor, rule: SubTokenSampling) -> Tensor:
     scores, codes = candidates(logits, rule)
     best = (scores + gumbels(keys, codes)).argmax(-1, keepdim=True)
     return codes.expand_as(scores).gather(-1, best)[..., 0]
+
+
+def are_finite(logits: Tensor, codes: Tensor) -> Tensor:
+    """Whether the logits [..., V] that `codes` [..., 1] were picked by are finite: bool [].
+
+    The picked one tells: the argmax takes NaN and inf for the largest.
+    """
+    return logits.gather(-1, codes).isfinite().all()
+
+
+def check_finite(finite: Tensor, dtype: torch.dtype) -> None:
+    """NotFiniteError if logits were not finite, as overflow makes them in float16. To be called
+    once for an image: the host waits for the device.
+    """
+    if not finite:
+        raise NotFiniteError(
+            f"there is no image to draw: in {str(dtype).removeprefix('torch.')}, the model's "
+            "outputs are NaN or infinite. Draw in float32 or bfloat16 (dtype); if that does not "
+            "help, its weights are damaged"
+        )
 
 
 def draw_by_share(logits: Tensor, keys: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from t2i.models.conditions import Condition
 from t2i.models.kv_cache import KVCache
 from t2i.rng import fold
 from t2i.sampling import SamplingConfig, Speed, SubTokenSampling
-from t2i.tensorar.drawing import noise_keys, pick, rules
+from t2i.tensorar.drawing import are_finite, check_finite, noise_keys, pick, rules
 from t2i.tensorar.model import TensorAR, slot_parts
 from t2i.tensorar.speculation import count_right, first_guesses, put, take
 from t2i.tensorar.speed import Run, frozen_weights, runner
@@ -191,6 +191,8 @@ class Drawing:
     """The number of the last window drawn, int64 [1]; with speculation [B, 1], one per row."""
     ahead: int
     """How many windows of each row a call draws by speculation; 0: no speculation."""
+    finite: Tensor
+    """Whether the logits of all codes drawn so far were finite, bool []."""
 
     def refill(self, condition: Condition, keys: Tensor, noise: Tensor) -> None:
         """Start another batch of the same shape, in place."""
@@ -201,6 +203,7 @@ class Drawing:
         self.keys_B.copy_(keys)
         self.noise_NBkS.copy_(noise)
         self.index.zero_()
+        self.finite.fill_(True)
 
 
 def _tensors(condition: Condition) -> list[Tensor]:
@@ -231,6 +234,7 @@ def new_drawing(
         windows_BNkS=noise.new_zeros(batch, room, slots, subs),
         index=noise.new_zeros(own),
         ahead=ahead,
+        finite=torch.ones((), dtype=torch.bool, device=keys.device),
     )
 
 
@@ -251,8 +255,10 @@ def draw_windows(model: TensorAR, h_RnD: Tensor, index: Tensor, drawing: Drawing
         parts = [(slice(0, slots if alike else stride), final)]
         if not alike:
             parts.append((slice(stride, slots), drafts))
-        codes = [pick(logits[:, part], noise_MkS[:, part, s], own) for part, own in parts]
-        windows = torch.cat([windows, torch.cat(codes, dim=1)[..., None]], dim=-1)
+        picked = [pick(logits[:, part], noise_MkS[:, part, s], own) for part, own in parts]
+        codes = torch.cat(picked, dim=1)[..., None]
+        drawing.finite.logical_and_(are_finite(logits, codes))
+        windows = torch.cat([windows, codes], dim=-1)
     return windows.unflatten(0, (-1, n))
 
 
@@ -324,6 +330,8 @@ def sample_windows(
             it must not change: for a progress bar, or a preview of the image.
         speed: how steps are run, as returned by `t2i.tensorar.speed.choose`.
         speculate: how many windows of each image a call draws; 0: one by one.
+
+    Raises NotFiniteError if logits were NaN or infinite.
     """
     assert not model.training, "sampling needs model.eval(), or dropout is active"
     backbone, windows = model.backbone, drawn_windows(model, config)
@@ -350,6 +358,7 @@ def sample_windows(
             if on_step is not None:
                 for _ in range(settled):
                     on_step(drawing.windows_BNkS[:, : windows.count])
+        check_finite(drawing.finite, condition.prefix.dtype)
         return drawing.windows_BNkS[:, : windows.count].clone()
 
 

@@ -208,7 +208,7 @@ def _captioned(
         source, rules, caption_notes=backbone.caption_notes, max_samples=options.max_samples
     )
     if not usable:
-        raise UserError(f"none of the checked samples can be used: {survey.describe()}")
+        raise UserError(f"none of the checked samples can be used: {survey.no_usable()}")
     count = "unknown number of" if total is None else total
     lines = [
         f"source        {options.source}: {count} samples",
@@ -266,7 +266,7 @@ def _labelled(
     size = image_size(backbone)
     survey, usable = survey_source(opened, ImageRules(size, small="upscale"))
     if not usable:
-        raise UserError(f"none of the checked images can be used: {survey.describe()}")
+        raise UserError(f"none of the checked images can be used: {survey.no_usable()}")
     views = views_of(options).count
     gigabytes = count * views * backbone.spec.num_tokens * len(backbone.spec.subvocabs) * 2 / 1e9
     lines = [

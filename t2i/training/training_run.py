@@ -64,9 +64,13 @@ class Run:
         self.config = config
         self.processes = processes = start_processes()
         checkpoint = processes.on_main(lambda: run_state.claim_run_dir(config))
-        source, _ = look_before_work(config, processes.world_size, checkpoint)
+        # Files may be missing on one machine only.
+        source, _ = processes.together(
+            lambda: look_before_work(config, processes.world_size, checkpoint)
+        )
         own_facts = processes.on_main(lambda: self.facts(checkpoint))
-        self.model = build_model(config, resumed=checkpoint).to(processes.device)
+        model = processes.together(lambda: build_model(config, resumed=checkpoint))
+        self.model = model.to(processes.device)
         prompts = look_at_model(self.model.backbone, config)
         self._place_helpers()
         self.data = TrainingData(config, self.model.backbone, processes, source)
