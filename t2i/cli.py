@@ -95,7 +95,7 @@ def _parsed(
     given = ["--help" if a == _HELP_ALL else a for a in given]
     _refuse_repeats(default, given)
     _warn_of_repeats(given)
-    _refuse_dashes(given)
+    _refuse_dashes(default, given)
     _refuse_blanks(default, given)
     config = tyro.cli(
         kind,
@@ -135,13 +135,14 @@ def _warn_of_repeats(given: Sequence[str]) -> None:
             log.warning("%s is given %d times: %s counts", name, len(found), " ".join(found[-1]))
 
 
-def _refuse_dashes(given: Sequence[str]) -> None:
+def _refuse_dashes(config: "DataclassInstance | type", given: Sequence[str]) -> None:
     """UserError for a value that begins with "-" and a letter: it would be taken for an option."""
     option = ""
+    with_file = ["--prompt"] if any(f.name == "prompt_file" for f in fields(config)) else []
     for word in given:
         name, equals, _ = word.partition("=")
         if re.match(r"--?[^\W\d_]", word) and any(map(str.isspace, name)):
-            several = "; several go into a --prompt-file" if option == "--prompt" else ""
+            several = "; several go into a --prompt-file" if option in with_file else ""
             raise UserError(
                 f"{word!r:.80} begins with '-', as options do: write {option or '--OPTION'}="
                 f"{word!r:.80}{several}"

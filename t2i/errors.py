@@ -41,7 +41,9 @@ def choose_one(name: object, names: Iterable[str]) -> str:
 
 
 def nearest_path(path: str | Path) -> str:
-    """The end of a message about a missing path: the path that may be meant, or ""."""
+    """The end of a message about a missing path: the path that may be meant, or its broken link."""
+    if lost := broken_link(path):
+        return f"; {lost}"
     home = os.path.expanduser(path)  # shells expand ~, Python does not
     if str(path).startswith("~") and os.path.exists(home):
         return f"; perhaps you meant {home}"
@@ -54,6 +56,14 @@ def nearest_path(path: str | Path) -> str:
         return ""
     meant = there.joinpath(found[0], *rest[1:])
     return f"; perhaps you meant {meant if meant.exists() else there / found[0]}"
+
+
+def broken_link(path: str | Path) -> str:
+    """What is wrong with a path that leads through a link to nothing; "" if it does not."""
+    for there in (Path(path), *Path(path).parents):
+        if there.is_symlink() and not there.exists():
+            return f"{there} is a link to {os.readlink(there)}, which does not exist"
+    return ""
 
 
 def no_folder(path: str | Path) -> str:

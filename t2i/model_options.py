@@ -152,6 +152,12 @@ class ModelOptions:
         assert self.source is not None, "check comes first"
         if self.checkpoint is None:
             family = base.family or family_of(self.source)
+            of_captions = base.text_encoder_dtype != BaseOptions.text_encoder_dtype
+            if of_captions and find_family(family).text_encoder is None:
+                raise UserError(
+                    f"--base.text-encoder-dtype has no effect with {family}, which has no caption "
+                    "encoder; leave it out"
+                )
             given = asdict(base) | {"family": family, "weights": self.source}
             model = load_base(base_files(**given, generation_only=True), device, dtype)
         else:

@@ -234,6 +234,12 @@ def test_options_that_a_checkpoint_settles_itself_are_refused(plain, option):
         recipe("shapes-control", start | {f"backbone.{name}": value})
 
 
+def test_the_precision_of_no_caption_encoder_is_refused():
+    """It used to have no effect on such a run, without a word."""
+    with pytest.raises(UserError, match=r"text_encoder_dtype=bfloat16 has no effect with .*janus"):
+        recipe("shapes-janus-lora", {"backbone.text_encoder_dtype": "bfloat16"})
+
+
 def test_a_recipe_of_another_family_is_refused(plain, tiny_world):
     config = tiny_run(tiny_world, "beside", backbone__weights=str(plain), backbone__family="rar")
     for start in (train, check):

@@ -1,9 +1,11 @@
 """The cluster that a run is planned for. Imports no torch, so that --help is fast."""
 
-import math
 from dataclasses import dataclass
 
 from t2i.errors import UserError
+
+_LEAST, _MOST = 1e-6, 1e15
+"""Limits of all numbers: a plan with others would print hundreds of digits."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,10 @@ class Cluster:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name}={value} must be a number above 0")
+            if value is not None and not _LEAST <= value <= _MOST:  # nor NaN
+                raise UserError(
+                    f"{name}={value} must be a number above 0 (from {_LEAST:g} to {_MOST:g})"
+                )
         if self.images != int(self.images):
             raise UserError(f"images={self.images} must be a whole number")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
