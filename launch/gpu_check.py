@@ -133,6 +133,11 @@ class Check:
         for name in self.parts:
             if name not in PARTS:
                 raise UserError(f"unknown part {name!r}; {choose_one(name, PARTS)}")
+        if not self.parts or not self.minutes > 0:
+            raise UserError(
+                f"parts={self.parts} and minutes={self.minutes} leave nothing to check: give one or "
+                "more parts, and more than 0 minutes"
+            )
 
 
 class Record:
@@ -214,7 +219,9 @@ def main() -> None:
         record.report()
     failed = sum(row.get("ok") is False for _, row in record.rows)
     print((config.out / "report.md").read_text(encoding="utf-8"))
-    print(f"{failed} checks failed" if failed else "every check passed")
+    if late := dict.fromkeys(part for part, row in record.rows if "stopped" in row):
+        print(f"time was up: {', '.join(late)} not complete")
+    print(f"{failed} checks failed" if failed else "every check that ran passed")
     sys.exit(bool(failed))
 
 
