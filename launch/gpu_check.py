@@ -34,6 +34,7 @@ from t2i import cli
 from t2i.errors import UserError, choose_one
 from t2i.evaluation.results import markdown_table
 from t2i.files import writable_folder, write_text
+from t2i.sampling import check_positive
 
 if TYPE_CHECKING:
     import torch
@@ -133,11 +134,9 @@ class Check:
         for name in self.parts:
             if name not in PARTS:
                 raise UserError(f"unknown part {name!r}; {choose_one(name, PARTS)}")
-        if not self.parts or not self.minutes > 0:
-            raise UserError(
-                f"parts={self.parts} and minutes={self.minutes} leave nothing to check: give one or "
-                "more parts, and more than 0 minutes"
-            )
+        check_positive(minutes=self.minutes)
+        if not self.parts:
+            raise UserError("parts is empty, so nothing would be checked: leave it out for all")
 
 
 class Record:

@@ -137,6 +137,6 @@ def test_bad_options_are_refused(tmp_path, capsys):
     assert "unknown part 'speed'" in refused(
         gpu_check, capsys, "--out", tmp_path, "--tiny", "--parts", "speed"
     )
-    for nothing in (("--parts",), ("--minutes", 0), ("--minutes", -1)):  # "every check passed"
-        given = ("--out", tmp_path, "--tiny", *nothing)
-        assert "leave nothing to check" in refused(gpu_check, capsys, *given)
+    given = ("--out", tmp_path, "--tiny")
+    assert "parts is empty" in refused(gpu_check, capsys, *given, "--parts")  # "every check passed"
+    assert "minutes=0.0 must be" in refused(gpu_check, capsys, *given, "--minutes", 0)

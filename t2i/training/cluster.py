@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 
 from t2i.errors import UserError
-
-_LEAST, _MOST = 1e-6, 1e15
-"""Limits of all numbers: a plan with others would print hundreds of digits."""
+from t2i.sampling import check_positive
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,7 @@ class Cluster:
     """Refuse a run that takes longer, including encoding if its speed is given; None: no limit."""
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if value is not None and not _LEAST <= value <= _MOST:  # nor NaN
-                raise UserError(
-                    f"{name}={value} must be a number above 0 (from {_LEAST:g} to {_MOST:g})"
-                )
+        check_positive(**vars(self))
         if self.images != int(self.images):
             raise UserError(f"images={self.images} must be a whole number")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
