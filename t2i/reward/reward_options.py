@@ -211,6 +211,13 @@ class RewardConfig(TrainConfig):
             yield {"reward.tasks"}, f"reward.prompts={self.reward.prompts}, a file"
         if self.reward.updates == 1:
             yield {"reward.clip"}, "reward.updates=1 (the ratio is always 1)"
+        used = {*self.reward.functions, *self.reward.watch}
+        if not used & {"geneval", "geneval-soft"}:
+            weights = set() if "clip" in used else {"reward.detector_weights"}
+            yield weights | {"reward.detector"}, "reward.functions and watch without geneval"
+        if "dpg" not in used:
+            answerer = {"reward.answerer", "reward.answerer_weights"}
+            yield answerer, "reward.functions and watch without dpg"
 
     @property
     def prompts_per_step(self) -> int:
