@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from t2i import __version__
-from t2i.errors import UserError, nearest_path, no_folder
+from t2i.errors import UserError, naming, nearest_path, no_folder
 from t2i.fields import given_options
 from t2i.files import namesake
 from t2i.models.families import FamilyName, find_family
@@ -223,9 +223,26 @@ class DrawingModelOptions(ModelOptions):
         DrawOptions(self.seed, batch_size=self.batch_size)
 
     def check(self) -> "tuple[torch.device, torch.dtype]":
-        """Like `ModelOptions.check`, and UserError for sampling settings that no model takes."""
+        """Like `ModelOptions.check`, and UserError for sampling settings that no model, or not this
+        one, takes.
+        """
         self.sampling.check()
-        return super().check()
+        where = super().check()
+        self._check_windows()
+        return where
+
+    def _check_windows(self) -> None:
+        """UserError for a window or stride that this model does not have."""
+        from t2i.checkpoint import stored_part
+        from t2i.checkpoint_folders import read_config
+        from t2i.tensorar.method import TensorARConfig
+        from t2i.tensorar.windows import Windows
+
+        k, folder = 1, self.checkpoint
+        if folder is not None:
+            k = stored_part(read_config(folder), "method", TensorARConfig, folder).k
+        with naming(str(self.source)):
+            Windows(k, k).shrunk(self.sampling.window or 0, self.sampling.stride or 1)
 
     def refuse_drawing(self, more: tuple[str, ...] = ()) -> None:
         """UserError if options about drawing are given although no model draws.

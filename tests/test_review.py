@@ -304,6 +304,13 @@ def test_bad_models_are_refused(refusal):
     )
 
 
+def test_windows_of_every_model_are_checked_before_drawing(refusal, shapes_ckpt, monkeypatch):
+    """Those of the second model used to be checked after all images of the first were drawn."""
+    monkeypatch.setattr(DrawingModelOptions, "load", None)
+    message = refusal("--ckpt", shapes_ckpt, "--against", "shapes", "--prompt", "x", "--window", 2)
+    assert "shapes: window=2 is larger than the model's k=1" in message
+
+
 def test_a_page_of_the_users_own_is_kept(refusal, tmp_path):
     """It used to be overwritten."""
     page = tmp_path / "index.html"
