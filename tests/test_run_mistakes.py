@@ -236,8 +236,9 @@ def test_options_that_a_checkpoint_settles_itself_are_refused(plain, option):
 
 def test_the_precision_of_no_caption_encoder_is_refused():
     """It used to have no effect on such a run, without a word."""
-    with pytest.raises(UserError, match=r"text_encoder_dtype=bfloat16 has no effect with .*janus"):
-        recipe("shapes-janus-lora", {"backbone.text_encoder_dtype": "bfloat16"})
+    for name, family in (("shapes-janus-lora", "janus"), ("llamagen-shapes", "llamagen")):
+        with pytest.raises(UserError, match=f"text_encoder_dtype=.* has no effect with .*{family}"):
+            recipe(name, {"backbone.text_encoder_dtype": "bfloat16"})
 
 
 def test_a_recipe_of_another_family_is_refused(plain, tiny_world):
