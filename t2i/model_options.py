@@ -14,7 +14,14 @@ from t2i.errors import UserError, naming, nearest_path, no_folder
 from t2i.fields import given_options
 from t2i.files import namesake
 from t2i.models.families import FamilyName, find_family
-from t2i.sampling import DrawOptions, SamplingOverrides, Speculate, Speed, check_counts
+from t2i.sampling import (
+    DrawOptions,
+    SamplingConfig,
+    SamplingOverrides,
+    Speculate,
+    Speed,
+    check_counts,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -241,8 +248,9 @@ class DrawingModelOptions(ModelOptions):
         k, folder = 1, self.checkpoint
         if folder is not None:
             k = stored_part(read_config(folder), "method", TensorARConfig, folder).k
+        asked = self.sampling.apply(SamplingConfig())
         with naming(str(self.source)):
-            Windows(k, k).shrunk(self.sampling.window or 0, self.sampling.stride or 1)
+            Windows(k, k).shrunk(asked.window, asked.stride)
 
     def refuse_drawing(self, more: tuple[str, ...] = ()) -> None:
         """UserError if options about drawing are given although no model draws.
