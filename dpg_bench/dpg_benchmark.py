@@ -8,6 +8,7 @@ question with its category, parents and answer.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from PIL import Image
 
@@ -26,7 +27,7 @@ from dpg_bench.score import (
     score_questions,
 )
 from t2i import __version__
-from t2i.errors import UserError
+from t2i.errors import UserError, nearest_path
 from t2i.evaluation.gallery import Card
 from t2i.evaluation.judging import Judged
 from t2i.evaluation.results import Score
@@ -187,4 +188,8 @@ def load_questions(name: str) -> QuestionGraph:
     check_place(name, "name")
     if name in WORLDS:
         return open_world(name).questions()
+    if name != "official" and not Path(name).exists():
+        known = ", ".join(("official", *WORLDS))
+        text = f"there are no questions {name!r}: give {known} or a .csv file{nearest_path(name)}"
+        raise UserError(text)
     return read_questions(OFFICIAL_FILE.find().path if name == "official" else name)

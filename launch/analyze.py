@@ -24,7 +24,7 @@ from t2i import cli
 from t2i.errors import UserError
 from t2i.files import owning, remove_leftovers
 from t2i.model_options import BaseOptions, DrawingModelOptions
-from t2i.sampling import check_counts
+from t2i.sampling import DrawOptions, check_counts
 
 if TYPE_CHECKING:
     from t2i.charts import Chart
@@ -84,6 +84,10 @@ class AnalyzeConfig(DrawingModelOptions):
             raise UserError(f"held_out={self.held_out} must be a number of images, or 0")
         if self.sampling.renoise:
             raise UserError(_NO_RENOISE)
+        if self.data is not None and self.held_out == 0:
+            raise UserError("--data has no effect with --held-out 0: leave out one of them")
+        if self.prompts != AnalyzeConfig.prompts and (self.prompt or self.prompt_file):
+            raise UserError("--prompts has no effect with prompts of your own: leave it out")
 
     def models(self) -> dict[str, DrawingModelOptions]:
         """The model, and the control if there is one."""
@@ -120,21 +124,21 @@ def examine(
     """All numbers of the page, and the images that the model drew for them."""
     from launch.measure.cost import FORMULAS, cost_of
     from t2i.evaluation.evidence import known_means, loss_difference, of_drawn, of_known, repairs
-    from t2i.generation import draw_images
+    from t2i.generation import draw_images, parse_conditions
 
     model, control = models["model"], models.get("control")
     missing = list(_unlike(options, models))
+    drawings = {who: _drawing(options[who], one, who) for who, one in models.items()}
+    parse_conditions(model.backbone, _typed(config))  # reports wrong classes before the work
     data, batches = _held_out(config, options["model"], model, missing)
     prompts = _prompts(config, options["model"], model, data)
     facts: dict = {"control": None}
     kept: list[Drawn] = []
     known = {who: of_known(one, batches) for who, one in models.items()}
     for who, one in models.items():
-        drawing = replace(options[who].drawing(one, among_others=True), stages=who == "model")
-        sampling, samples = drawing.sampling, config.samples
+        drawing, samples = drawings[who], config.samples
+        sampling = drawing.sampling
         assert sampling is not None, "settled by the options"
-        if sampling.renoise:
-            raise UserError(_NO_RENOISE)
         drawn = list(draw_images(one, prompts, drawing, samples_per_prompt=samples))
         kept = kept or drawn
         facts[who] = {
@@ -269,6 +273,14 @@ def _run_config(options: DrawingModelOptions) -> "TrainConfig":
 
 
 # -- drawing ---------------------------------------------------------------------------------------
+def _drawing(options: DrawingModelOptions, model: "TensorAR", who: str) -> DrawOptions:
+    """How to draw with this model; UserError if it cannot be drawn so."""
+    drawing = replace(options.drawing(model, among_others=True), stages=who == "model")
+    if drawing.sampling is not None and drawing.sampling.renoise:
+        raise UserError(_NO_RENOISE)
+    return drawing
+
+
 def _prompts(
     config: AnalyzeConfig,
     options: DrawingModelOptions,

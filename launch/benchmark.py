@@ -32,7 +32,7 @@ if not __package__:  # run from a clone, without installation
 from t2i import cli
 from t2i.errors import UserError, choose_one
 from t2i.fields import given_options
-from t2i.sampling import Speed, check_counts
+from t2i.sampling import SamplingConfig, Speed, check_counts, check_positive
 
 if TYPE_CHECKING:
     import torch
@@ -99,10 +99,17 @@ class SpeedBenchmark:
 
     def __post_init__(self):
         check_counts(batch=self.batch, rounds=self.rounds)
+        check_positive(bandwidth=self.bandwidth, tflops=self.tflops)
+        if not self.minutes >= 0:
+            raise UserError(f"minutes={self.minutes} must be a number above 0, or 0: no limit")
         if self.steps < 0:
             raise UserError(f"steps={self.steps} must be a number of steps, or 0 for all")
-        if not self.images or min(self.images) < 1:
-            raise UserError(f"images={self.images} must be one or more numbers of at least 1")
+        for name in ("what", "shapes", "methods", "dtypes", "images"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is empty, so nothing would be measured: leave it out")
+        for images in self.images:
+            check_counts(images=images)
+        SamplingConfig(cfg_scale=self.guidance, top_k=self.top_k)  # raises for impossible ones
         for kind, names in _READ_BY.items():
             if kind not in self.what and (unread := [k for k in given_options(self) if k in names]):
                 raise UserError(
@@ -199,6 +206,7 @@ def main() -> None:
     if stem is not None:
         stem = stem.with_suffix("") if stem.suffix in (".json", ".md", ".svg") else stem
         writable_file(f"{stem}.json")
+        benchmark_report.refuse_other_files(stem)
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -44,15 +44,16 @@ def main() -> None:
     config = cli.parse(FidConfig, __doc__)
     from t2i.evaluation.fid.fid_score import check_inputs, refuse_other_scores, score_images, table
     from t2i.evaluation.fid.inception import load_inception
-    from t2i.files import writable_file, write_json
+    from t2i.files import writable_file, writable_folder, write_json
     from t2i.loading import pick_device
 
     # Everything that can be checked quickly, before a download and an hour of work.
     device, _ = pick_device(config.device, "float32")
     check_inputs(config.samples, config.reference, allow_fewer=config.allow_fewer)
-    writable_file(config.out)
+    writable_file(config.out, make=False)
     refuse_other_scores(config.out, config.samples, config.reference)
     network, weights_hash = load_inception(config.inception_weights, device)
+    writable_folder(config.out.parent)
     results = score_images(
         config.samples,
         config.reference,

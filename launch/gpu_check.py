@@ -34,6 +34,7 @@ from t2i import cli
 from t2i.errors import UserError, choose_one
 from t2i.evaluation.results import markdown_table
 from t2i.files import writable_folder, write_text
+from t2i.sampling import check_positive
 
 if TYPE_CHECKING:
     import torch
@@ -133,6 +134,9 @@ class Check:
         for name in self.parts:
             if name not in PARTS:
                 raise UserError(f"unknown part {name!r}; {choose_one(name, PARTS)}")
+        check_positive(minutes=self.minutes)
+        if not self.parts:
+            raise UserError("parts is empty, so nothing would be checked: leave it out for all")
 
 
 class Record:
@@ -214,7 +218,9 @@ def main() -> None:
         record.report()
     failed = sum(row.get("ok") is False for _, row in record.rows)
     print((config.out / "report.md").read_text(encoding="utf-8"))
-    print(f"{failed} checks failed" if failed else "every check passed")
+    if late := dict.fromkeys(part for part, row in record.rows if "stopped" in row):
+        print(f"time was up: {', '.join(late)} not complete")
+    print(f"{failed} checks failed" if failed else "every check that ran passed")
     sys.exit(bool(failed))
 
 

@@ -25,6 +25,7 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.errors import UserError, choose_one
+from t2i.sampling import check_counts, check_seed
 from t2i.training.config import DataOptions
 from t2i.training.recipes import recipes_for
 
@@ -49,6 +50,11 @@ class Quickstart:
     """Images per benchmark prompt."""
     seed: int = 0
     """Seed of training and sampling."""
+
+    def __post_init__(self):
+        check_counts(prompts_per_task=self.prompts_per_task, samples=self.samples)
+        check_counts(steps=self.steps, images=self.images)
+        check_seed(self.seed)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from t2i import cli
 from t2i.errors import UserError, choose_one, shorten
 from t2i.models.families import FAMILIES
 from t2i.rehearsal.layout import JUDGES, Written, module_of
+from t2i.sampling import check_counts, check_positive
 
 if TYPE_CHECKING:
     ModelName = str
@@ -91,6 +92,10 @@ class Rehearsal:
     """Time limit of a stage in minutes; a stage that takes longer is stopped."""
     memory: float | None = None
     """GB that a stage may take; 85 % of the free memory if not given."""
+
+    def __post_init__(self):
+        check_counts(codes=self.codes)
+        check_positive(1e6, minutes=self.minutes, memory=self.memory)
 
     @property
     def folder(self) -> Path:

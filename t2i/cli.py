@@ -13,13 +13,12 @@ from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
 from io import TextIOWrapper
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-from t2i.errors import Stopped, UserError, choose_one
+from t2i.errors import Stopped, UserError, check_text, choose_one
 from t2i.launcher import handling, is_main_process, resume_command, stop_signals
 
 if TYPE_CHECKING:
@@ -93,9 +92,10 @@ def _parsed(
         kind = _showing(kind, main, options.pop("default", None))
         description += "\n\n  --help-all shows every option"
     given = ["--help" if a == _HELP_ALL else a for a in given]
+    _refuse_no_text(given)
     _refuse_repeats(default, given)
     _warn_of_repeats(given)
-    _refuse_dashes(given)
+    _refuse_dashes(default, given)
     _refuse_blanks(default, given)
     config = tyro.cli(
         kind,
@@ -108,6 +108,15 @@ def _parsed(
     _refuse_nan(config)
     _quiet_libraries()
     return config
+
+
+def _refuse_no_text(given: Sequence[str]) -> None:
+    """UserError for a value that is not UTF-8: records of the work could not be written."""
+    option = "the command line"
+    for word in given:
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        option = name or option
+        check_text(value if equals or not name else name, option)
 
 
 def _refuse_repeats(config: "DataclassInstance | type", given: Sequence[str]) -> None:
@@ -135,13 +144,14 @@ def _warn_of_repeats(given: Sequence[str]) -> None:
             log.warning("%s is given %d times: %s counts", name, len(found), " ".join(found[-1]))
 
 
-def _refuse_dashes(given: Sequence[str]) -> None:
+def _refuse_dashes(config: "DataclassInstance | type", given: Sequence[str]) -> None:
     """UserError for a value that begins with "-" and a letter: it would be taken for an option."""
     option = ""
+    with_file = ["--prompt"] if any(f.name == "prompt_file" for f in fields(config)) else []
     for word in given:
         name, equals, _ = word.partition("=")
         if re.match(r"--?[^\W\d_]", word) and any(map(str.isspace, name)):
-            several = "; several go into a --prompt-file" if option == "--prompt" else ""
+            several = "; several go into a --prompt-file" if option in with_file else ""
             raise UserError(
                 f"{word!r:.80} begins with '-', as options do: write {option or '--OPTION'}="
                 f"{word!r:.80}{several}"
@@ -150,17 +160,16 @@ def _refuse_dashes(given: Sequence[str]) -> None:
 
 
 def _refuse_blanks(config: "DataclassInstance | type", given: Sequence[str]) -> None:
-    """UserError for a single-value option with an empty value."""
+    """UserError for an empty value, except of prompts, which the programs check themselves."""
     # An empty path means the working directory: an unset shell variable would put a run there.
-    lists = set(_lists(config))
-    for option, following in pairwise([*given, None]):
-        name, equals, own = (option or "").partition("=")
-        value = own if equals else following
-        if not name.startswith("--") or value is None or value.strip():
-            continue
-        if name.replace("_", "-") not in lists:
+    prompts = {name for name in _lists(config) if name.endswith(("prompt", "prompts"))}
+    option = "an argument"
+    for word in given:
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "=", word)
+        option = name or option
+        if equals and not value.strip() and option.replace("_", "-") not in prompts:
             raise UserError(
-                f"{name} has an empty value: leave the option out, or give it a value (is a shell "
+                f"{option} has an empty value: leave the option out, or give it a value (is a shell "
                 "variable not set?)"
             )
 

@@ -1,6 +1,7 @@
 """Exceptions that tell a user's mistake from a bug in the kit, and helpers for error messages."""
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -41,7 +42,9 @@ def choose_one(name: object, names: Iterable[str]) -> str:
 
 
 def nearest_path(path: str | Path) -> str:
-    """The end of a message about a missing path: the path that may be meant, or ""."""
+    """The end of a message about a missing path: the path that may be meant, or its broken link."""
+    if lost := broken_link(path):
+        return f"; {lost}"
     home = os.path.expanduser(path)  # shells expand ~, Python does not
     if str(path).startswith("~") and os.path.exists(home):
         return f"; perhaps you meant {home}"
@@ -54,6 +57,31 @@ def nearest_path(path: str | Path) -> str:
         return ""
     meant = there.joinpath(found[0], *rest[1:])
     return f"; perhaps you meant {meant if meant.exists() else there / found[0]}"
+
+
+def check_text(text: str, what: str) -> None:
+    """UserError for text that UTF-8 cannot encode, and so no file can hold; `what` has it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        known = sys.getfilesystemencoding()
+        if known != "utf-8":  # then non-ASCII arguments arrive as surrogates
+            raise UserError(
+                f"{what}: {text!r:.200} is not text in {known}, the encoding of this shell's locale; "
+                "start again with PYTHONUTF8=1, or after export LC_ALL=C.UTF-8"
+            ) from error
+        raise UserError(
+            f"{what}: {text!r:.200} contains a lone surrogate ({text[error.start]!r}), which is not a "
+            "character; remove it (in the name of a file: rename the file)"
+        ) from error
+
+
+def broken_link(path: str | Path) -> str:
+    """What is wrong with a path that leads through a link to nothing; "" if it does not."""
+    for there in (Path(path), *Path(path).parents):
+        if there.is_symlink() and not there.exists():
+            return f"{there} is a link to {os.readlink(there)}, which does not exist"
+    return ""
 
 
 def no_folder(path: str | Path) -> str:

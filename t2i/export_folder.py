@@ -61,7 +61,7 @@ def export(options: ExportOptions) -> Path:
     checkpoint = choose_checkpoint(options.ckpt)
     config = read_config(checkpoint)
     scores = [line for path in options.results for line in _score_rows(path, config)]
-    writable_folder(out.parent)
+    writable_folder(out, make=False)
     model = from_pretrained(
         checkpoint,
         base=base.weights,

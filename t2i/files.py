@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from t2i.errors import UserError
+from t2i.errors import UserError, broken_link
 from t2i.lfs import refuse_pointers
 
 _LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.tmp$")
@@ -162,6 +162,7 @@ _FULL = (
     *("unexpected pos", "file write failed"),
 )
 _SHORT = re.compile(r"\d+ requested and \d+ written")
+_NOT_READ = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _NOT_HERE = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 
@@ -200,11 +201,13 @@ def reading(what: str | Path) -> Iterator[None]:
     """Within it, failing to open a file that the user named becomes a UserError.
 
     Raises:
-        UserError: the file does not exist, is a folder, or may not be read.
+        UserError: the file does not exist, is a folder or a link to itself, or may not be read.
     """
     try:
         yield
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except OSError as error:
+        if not isinstance(error, _NOT_READ) and error.errno != errno.ELOOP:
+            raise
         raise UserError(f"{what} cannot be read: {error.strerror}") from error
 
 
@@ -304,9 +307,8 @@ def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
     if folder.suffix.lower() in _OF_FILES and not folder.exists():
         raise UserError(f"{folder} must be a folder, but has the name of a file; give another name")
     try:
-        if lost := [p for p in (folder, *folder.parents) if p.is_symlink() and not p.exists()]:
-            link = f"{lost[0]} is a link to {os.readlink(lost[0])}, which does not exist"
-            raise UserError(f"cannot write to {folder}: {link}")
+        if lost := broken_link(folder):
+            raise UserError(f"cannot write to {folder}: {lost}")
         while not make and not there.exists() and there != there.parent:
             there = there.parent
         there.mkdir(parents=True, exist_ok=True)
@@ -318,16 +320,18 @@ def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
     return folder
 
 
-def writable_file(path: str | Path) -> Path:
-    """Check that a file can be written or overwritten; create its folder if needed.
+def writable_file(path: str | Path, *, make: bool = True) -> Path:
+    """Check that a file can be written or overwritten; `make` its folder, as in `writable_folder`.
 
     Raises:
-        UserError: it is a folder, or its folder cannot be written to.
+        UserError: it is a folder or a link to nothing, or its folder cannot be written to.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
-    writable_folder(path.parent)
+    if lost := broken_link(path):  # writing would replace the link
+        raise UserError(f"cannot write {path}: {lost}")
+    writable_folder(path.parent, make=make)
     return path
 
 

@@ -29,6 +29,8 @@ from t2i.tensorar.model import TensorAR
 from t2i.weights import state_dict_sha256, stored_sha256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MOST_SIDE = 1024
+"""Upper limit of a grid's sides, in codes: a grid is read from the command line."""
 
 
 def pick_device(
@@ -205,8 +207,10 @@ def _shape(files: BackboneSource) -> Any | None:
     """The family's config dataclass from an expanded source's config, if it has one; checked, as
     is the grid.
     """
-    if files.grid is not None and min(files.grid) < 1:
-        raise UserError(f"grid={files.grid} must be at least 1 code high and wide")
+    if files.grid is not None and not 1 <= min(files.grid) <= max(files.grid) <= _MOST_SIDE:
+        raise UserError(
+            f"grid={files.grid} must be at least 1 code high and wide, and at most {_MOST_SIDE}"
+        )
     if files.config is None:
         return None
     where = f"the {files.family} shape of {files.weights}"

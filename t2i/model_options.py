@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from t2i import __version__
-from t2i.errors import UserError, nearest_path, no_folder
+from t2i.errors import UserError, naming, nearest_path, no_folder
 from t2i.fields import given_options
 from t2i.files import namesake
 from t2i.models.families import FamilyName, find_family
-from t2i.sampling import DrawOptions, SamplingOverrides, Speculate, Speed, check_counts
+from t2i.sampling import (
+    DrawOptions,
+    SamplingConfig,
+    SamplingOverrides,
+    Speculate,
+    Speed,
+    check_counts,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -152,6 +159,12 @@ class ModelOptions:
         assert self.source is not None, "check comes first"
         if self.checkpoint is None:
             family = base.family or family_of(self.source)
+            of_captions = base.text_encoder_dtype != BaseOptions.text_encoder_dtype
+            if of_captions and find_family(family).text_encoder is None:
+                raise UserError(
+                    f"--base.text-encoder-dtype has no effect with {family}, which has no caption "
+                    "encoder; leave it out"
+                )
             given = asdict(base) | {"family": family, "weights": self.source}
             model = load_base(base_files(**given, generation_only=True), device, dtype)
         else:
@@ -217,9 +230,27 @@ class DrawingModelOptions(ModelOptions):
         DrawOptions(self.seed, batch_size=self.batch_size)
 
     def check(self) -> "tuple[torch.device, torch.dtype]":
-        """Like `ModelOptions.check`, and UserError for sampling settings that no model takes."""
+        """Like `ModelOptions.check`, and UserError for sampling settings that no model, or not this
+        one, takes.
+        """
         self.sampling.check()
-        return super().check()
+        where = super().check()
+        self._check_windows()
+        return where
+
+    def _check_windows(self) -> None:
+        """UserError for a window or stride that this model does not have."""
+        from t2i.checkpoint import stored_part
+        from t2i.checkpoint_folders import read_config
+        from t2i.tensorar.method import TensorARConfig
+        from t2i.tensorar.windows import Windows
+
+        k, folder = 1, self.checkpoint
+        if folder is not None:
+            k = stored_part(read_config(folder), "method", TensorARConfig, folder).k
+        asked = self.sampling.apply(SamplingConfig())
+        with naming(str(self.source)):
+            Windows(k, k).shrunk(asked.window, asked.stride)
 
     def refuse_drawing(self, more: tuple[str, ...] = ()) -> None:
         """UserError if options about drawing are given although no model draws.

@@ -42,7 +42,11 @@ def html_page(title: str, body: str, *, name: str, styles: str = "") -> str:
 
 
 def refuse_other_page(path: Path) -> None:
-    """UserError if a file where a page is to be written is not a page of `html_page`."""
+    """UserError if a file where a page is to be written is not a page of `html_page`, or is the
+    page of a training run, which nothing would write again.
+    """
+    if path.is_file() and path.with_name("metrics.jsonl").exists():
+        raise UserError(f"{path} is the page of a training run: give another folder with --out")
     if path.is_file() and f"</title>\n{_ICON}\n<style>".encode() not in path.read_bytes():
         raise UserError(
             f"{path} would be overwritten, and is not a page of this kit; move it, or give another "

@@ -22,6 +22,8 @@ _MOST_ROWS = 65_536
 """Largest batch size for drawing: batches are padded to their full size."""
 _MOST_COUNT = 1_000_000_000
 """Largest number of anything else: more steps, samples or pixels than anyone can use."""
+_LEAST_POSITIVE = 1e-6
+"""Smallest of times, sizes and rates: others would overflow, or print hundreds of digits."""
 _LIMITS: dict[str, tuple[float, float, str]] = {
     # Far more than any useful guidance, and far less than where numbers overflow into noise.
     "cfg_scale": (1, 1000, "at least 1 (no guidance) and at most 1000"),
@@ -221,6 +223,15 @@ def check_counts(most: int = _MOST_COUNT, **values: int | None) -> None:
                 raise UserError(f"{name}={value} must be at least 1")
             if value > most:
                 raise UserError(f"{name}={value} must be at most {most:,}")
+
+
+def check_positive(most: float = 1e15, **values: float | None) -> None:
+    """UserError if one of the values is neither None nor a number above 0 and at most `most`."""
+    for name, value in values.items():
+        if value is not None and not _LEAST_POSITIVE <= value <= most:  # nor NaN
+            raise UserError(
+                f"{name}={value} must be a number above 0 (from {_LEAST_POSITIVE:g} to {most:g})"
+            )
 
 
 def check_whole(**values: int) -> None:

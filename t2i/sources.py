@@ -143,8 +143,9 @@ def absolute(path: str | Path) -> Path:
     """The absolute path. A link to a file keeps its own name, which tells the file's format and
     shape: the link's target may be named by a hash (the hub's cache, DVC).
     """
-    path = Path(path)
-    return path.parent.resolve() / path.name if path.is_file() else path.resolve()
+    # Path.resolve fails if a link leads to itself.
+    there, name = os.path.split(path) if os.path.isfile(path) else (path, "")
+    return Path(os.path.realpath(there), name)
 
 
 def base_files(
@@ -323,6 +324,9 @@ def moved(
             A tokenizer or text encoder that still exists at its old path keeps it.
         tokenizer: the image tokenizer's file.
         text_encoder: the text encoder's folder or hub id.
+
+    Raises:
+        UserError: `base` does not exist, or is a folder with none of the files.
     """
     weights, root = source.weights, None
     if base is not None and Path(base).is_dir():
@@ -330,9 +334,16 @@ def moved(
         found = _under(root, source.weights)
         if found is None and (root / "config.json").is_file():
             found = root
+        names = [name for name in (source.weights, source.tokenizer, source.text_encoder) if name]
+        if found is None and not any(_under(root, name) for name in names):
+            raise UserError(
+                f"{base} holds none of the base's files ({', '.join(names)}): give the folder to "
+                "which they moved, or leave out the option"
+            )
         weights = str(found or source.weights)
     elif base is not None:
-        weights = str(base)  # a hub's file, or an error later
+        check_named(base, folder=find_family(source.family).published_as_folder)
+        weights = str(base)
         if (file := absolute(base)).is_file():
             root = file.parent
             # A backbone folder's own weight file stands for the folder, which brings the rest.

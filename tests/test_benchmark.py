@@ -335,6 +335,15 @@ def test_bad_options_are_refused(tmp_path, capsys):
     assert "unknown preset 'iclr2025'" in message("--methods", "iclr2025")
     assert "rounds=0 must be at least 1" in message("--rounds", "0")
     assert "steps=-1 must be" in message("--steps", "-1")
+    assert "minutes=-1.0 must be" in message("--minutes", "-1")
+    assert "bandwidth=0.0 must be a number above 0" in message("--bandwidth", "0")
+    assert "cfg_scale=0.5 must be at least 1" in message("--guidance", "0.5")
+    assert f"images={10**12} must be at most" in message("--images", str(10**12))
+    (tmp_path / "README.md").write_text("mine")  # used to be overwritten
+    said = message("--shapes", "tiny-class", "--out", tmp_path / "README")
+    assert "README.md would be overwritten, and no benchmark wrote it" in said
+    for nothing in ("--shapes", "--methods", "--dtypes", "--images"):  # printed an empty report
+        assert "is empty, so nothing would be measured" in message(nothing)
     assert "invalid choice 'fast'" in message("--speeds", "fast")
     assert "graphs needs a CUDA GPU" in message(
         "sampling", "--shapes", "tiny-class", "--speeds", "graphs"

@@ -182,6 +182,7 @@ def test_empty_values_are_refused(train_fails, generate_fails):
         assert "--run_dir has an empty value" in train_fails(f"--run_dir={nothing}")
         assert "--out has an empty value" in generate_fails("--prompt", "a", "--out", nothing)
     assert "--steps has an empty value" in train_fails("--steps", "")
+    assert "--method.slot-weights has an empty value" in train_fails("--method.slot-weights", 1, "")
 
 
 def test_a_run_folder_within_the_data_is_refused(train_fails, tiny_world):

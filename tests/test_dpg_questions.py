@@ -149,4 +149,8 @@ def test_another_file_at_the_address_is_refused_and_not_kept(tmp_path, published
 
 def test_a_given_file_needs_no_network(tmp_path):
     assert questions.OFFICIAL_FILE.hashes == (questions.OFFICIAL_BLOB,)
-    assert not load_questions(str(write(tmp_path))).is_official
+    path = write(tmp_path)
+    assert not load_questions(str(path)).is_official
+    near = f"give official, shapes or a .csv file; perhaps you meant {path}"
+    with pytest.raises(ValueError, match=f"there are no questions .*: {near}"):
+        load_questions(str(path.with_name(f"{path.name}s")))

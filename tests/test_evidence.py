@@ -210,6 +210,11 @@ def test_bad_options_are_refused(refusal, plain, tmp_path, monkeypatch):
     data = ("--ckpt", plain, "--prompt", "x", "--out", tmp_path / "c", "--data")
     assert "has changed since the run" in refusal(*data, tmp_path / "other")
     assert "gone does not exist" in refusal(*data, tmp_path / "gone")
+    assert "no effect with --held-out 0" in refusal(*few, "--data", tmp_path / "gone")
+    assert "no effect with prompts of your own" in refusal(*few, "--prompts", 3)
+    with monkeypatch.context() as patch:  # before the data are read
+        patch.setattr(run, "_held_out", None)
+        assert "stride=9 must be" in refusal(*few[:4], "--stride", 9, "--out", tmp_path / "a")
     with monkeypatch.context() as patch:  # before a model is loaded
         patch.setattr(DrawingModelOptions, "load", None)
         assert "--renoise 0" in refusal(*few, "--renoise", "0.5")

@@ -309,8 +309,12 @@ def test_a_program_bug_keeps_its_traceback(monkeypatch):
 
 def test_bad_options_are_refused_before_exporting(shapes_ckpt, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    inside = tmp_path / "file" / "out"
-    assert "cannot write" in refused(program, capsys, "--ckpt", shapes_ckpt, "--out", inside)
+    (tmp_path / "link").symlink_to("gone")
+    for out in (tmp_path / "file" / "out", tmp_path / "link"):
+        assert "cannot write" in refused(program, capsys, "--ckpt", shapes_ckpt, "--out", out)
+    arguments = ("--ckpt", shapes_ckpt, "--out", tmp_path / "new" / "out", "--base.weights")
+    assert "nowhere is not a file" in refused(program, capsys, *arguments, "nowhere")
+    assert not (tmp_path / "new").exists()
     arguments = ("--ckpt", shapes_ckpt, "--out", tmp_path / "out", "--device", "cuda")
     assert "found no GPU" in refused(program, capsys, *arguments)
     arguments = ("--ckpt", shapes_ckpt, "--out", tmp_path / "out", "--prompt", "a", "--samples", 0)

@@ -470,6 +470,19 @@ def test_the_reference_is_checked_before_weights_are_loaded(tmp_path, monkeypatc
     assert "none.npz does not exist" in capsys.readouterr().err
 
 
+def test_wrong_weights_leave_no_folder(tmp_path, monkeypatch, capsys):
+    write_folder(tmp_path / "a", pictures(4))
+    images = str(tmp_path / "a")
+    options = {"--samples": images, "--reference": images, "--inception-weights": "none"}
+    options["--out"] = str(tmp_path / "new" / "results.json")
+    arguments = [word for pair in options.items() for word in pair]
+    monkeypatch.setattr(sys, "argv", ["fid.py", *arguments, "--allow-fewer"])
+    with pytest.raises(SystemExit):
+        cli.run(program.main)
+    assert "none does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_distances_are_not_negative():
     """The score of a set against itself used to be printed as -0.0000, because of rounding."""
     features = torch.randn(200, 16, generator=torch.Generator().manual_seed(3))

@@ -20,6 +20,8 @@ from t2i.files import (
     replacing,
     replacing_folder,
     saving,
+    writable_file,
+    writable_folder,
 )
 from t2i.processes import Processes
 from t2i.sampling import SamplingConfig, SamplingOverrides
@@ -177,3 +179,20 @@ def test_the_nearest_path_is_named(tmp_path):
         assert nearest_path(tmp_path / wrong) == f"; perhaps you meant {tmp_path / meant}"
     for nothing in ("runs/x/best", "runs/mine", "runs/mine/best/z"):
         assert nearest_path(tmp_path / nothing) == ""
+    (tmp_path / "best").symlink_to("gone")  # used to be told "perhaps you meant" the same name
+    for through in ("best", "best/codec"):
+        assert nearest_path(tmp_path / through) == (
+            f"; {tmp_path / 'best'} is a link to gone, which does not exist"
+        )
+
+
+def test_a_link_to_nothing_is_not_replaced_by_an_output(tmp_path):
+    """A disk that is not mounted: the results used to be written elsewhere without a word."""
+    for name in ("gone", "itself"):
+        (tmp_path / "itself").unlink(missing_ok=True)
+        (tmp_path / "itself").symlink_to(name)
+        for check in (writable_file, writable_folder):
+            with pytest.raises(UserError, match=f"itself is a link to {name}, which does not"):
+                check(tmp_path / "itself")
+    assert writable_file(tmp_path / "new" / "a.json", make=False).name == "a.json"
+    assert not (tmp_path / "new").exists()

@@ -116,7 +116,9 @@ def test_errors_and_spent_time_become_rows_and_other_parts_still_run(tmp_path, m
     monkeypatch.setattr(gpu_check, "PARTS", parts)
     with pytest.raises(SystemExit) as stopped:
         program(gpu_check, "--out", tmp_path, "--tiny", "--parts", *parts)
-    assert stopped.value.code == 1 and "1 checks failed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert stopped.value.code == 1 and "1 checks failed" in said
+    assert "time was up: sampling not complete" in said  # it used to be in the report only
     golden, second, drawn, cut, trained = result_rows(tmp_path)
     assert golden["error"] == "RuntimeError: out of memory" and not golden["ok"]
     assert second["ok"] and drawn["ok"] and "used up" in cut["stopped"]
@@ -135,3 +137,6 @@ def test_bad_options_are_refused(tmp_path, capsys):
     assert "unknown part 'speed'" in refused(
         gpu_check, capsys, "--out", tmp_path, "--tiny", "--parts", "speed"
     )
+    given = ("--out", tmp_path, "--tiny")
+    assert "parts is empty" in refused(gpu_check, capsys, *given, "--parts")  # "every check passed"
+    assert "minutes=0.0 must be" in refused(gpu_check, capsys, *given, "--minutes", 0)

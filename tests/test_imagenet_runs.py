@@ -287,6 +287,9 @@ def test_mistakes_end_in_one_line(base, tmp_path, monkeypatch, capsys):
     missing = train_error(name)
     assert f"python launch/lab/pretrain_class_shapes.py --backbone {base.name}" in missing
     assert "none is neither a folder nor a file" in train_error(*given, "--data.source", "none")
+    assert "data.split='/' must be the name of a sub-folder" in train_error(
+        *given, "--data.split", "/"
+    )
     assert "has no sub-folders" in train_error(*given, "--data.source", "empty")
     few = train_error(*given, "--data.source", _nineteen_classes(base.parent))
     assert "has 19 classes, but this" in few

@@ -113,6 +113,20 @@ def test_the_error_names_only_the_missing_part(trained, tmp_path):
     assert "gpt.pt" not in str(error.value) and "text_encoder (" not in str(error.value)
 
 
+def test_a_base_without_the_files_is_refused(trained, tmp_path):
+    """A missing one was reported as an image tokenizer with another hash, or not at all."""
+    _, folder, _ = trained
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    for base, said in (
+        (tmp_path / "none", "none is not a file, a folder"),
+        (tmp_path / "loop", "loop is a link to loop, which does not exist"),
+        (tmp_path / "empty", r"empty holds none of the base's files \(.*gpt\.pt, .*vq\.pt, "),
+    ):
+        with pytest.raises(t2i.UserError, match=said):
+            t2i.from_pretrained(folder, base=base)
+
+
 @pytest.mark.parametrize("part", ["weights", "tokenizer", "text_encoder"])
 def test_a_changed_file_is_refused(trained, part):
     files, folder, _ = trained
@@ -256,9 +270,20 @@ def test_the_grid_of_a_renamed_file_is_an_option(tmp_path):
         twice = ModelOptions(ckpt=str(folder), base=BaseOptions(grid=(2, 8)))
         with pytest.raises(t2i.UserError, match=r"--base\.grid is for a published base"):
             twice.check()
-        wrong = replace(options, base=replace(options.base, grid=(0, 4)))
-        with pytest.raises(t2i.UserError, match=r"grid=\(0, 4\) must be at least 1"):
-            wrong.load(*wrong.check())
+        for grid in ((0, 4), (4, 10**12)):  # the latter used to overflow in PyTorch
+            wrong = replace(options, base=replace(options.base, grid=grid))
+            said = r"grid=\(\d, \d+\) must be at least 1 .* at most 1024"
+            with pytest.raises(t2i.UserError, match=said):
+                wrong.load(*wrong.check())
+
+
+def test_the_precision_of_no_caption_encoder_is_refused(tmp_path):
+    """It used to have no effect on such a model, without a word."""
+    write_json(tmp_path / "config.json", {"family": "rar"})
+    base = BaseOptions(weights=str(tmp_path), text_encoder_dtype="bfloat16")
+    options = ModelOptions(base=base)
+    with pytest.raises(t2i.UserError, match="has no effect with rar, which has no caption encoder"):
+        options.load(*options.check())
 
 
 def test_shards_of_a_family_that_publishes_one_file_load(tmp_path):

@@ -18,6 +18,7 @@ from launch.lab.long_report import rank_correlation
 from launch.lab.long_steps import Trainer
 from launch.lab.result_lines import estimate, results
 from t2i.data.order import split_indices
+from t2i.errors import UserError
 from t2i.shapes.pretraining import Descent
 from t2i.sources import ASSETS
 from t2i.training.batches import TrainingData
@@ -91,12 +92,17 @@ def test_arms_have_different_names_and_keys(tmp_path):
         (("short",), "choose one of"),
         (("long", "--arms", "mystery"), "no arm mystery"),
         (("long", "--bases", "7m"), "name=folder"),
+        (("long", "--bases", "7m=none"), "none is not a file, a folder"),
     ],
 )
 def test_wrong_arguments_are_refused(monkeypatch, tmp_path, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["long_grid.py", *arguments, "--out", str(tmp_path)])
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["long_grid.py", *arguments, "--out", str(out)])
     with pytest.raises(ValueError, match=message):
         long_grid.main()
+    assert not out.exists()
+    with pytest.raises(UserError, match="workers=1000 must be at most 256"):  # was a traceback
+        long_grid.LongGrid("long", workers=1000)
 
 
 @pytest.mark.slow

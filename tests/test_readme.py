@@ -3,14 +3,18 @@
 import re
 import shlex
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 from programs import refused
+from runs import tiny_run
 
 from launch import quickstart
 from t2i import cli
+from t2i.errors import UserError
+from t2i.shapes.fine_tuning import fine_tuned
 
 ROOT = Path(__file__).resolve().parents[1]
 IS_SCRIPT = re.compile(r"(launch|geneval|dpg_bench|examples)/.*\.py").fullmatch
@@ -119,3 +123,20 @@ def test_the_quickstart_compares_models_of_one_base(tmp_path, capsys):
     said = "shapes-janus-lora starts from shapes-janus, but its control shapes-control from shapes"
     assert said in refused(quickstart, capsys, *given)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_quickstart_checks_its_numbers_first(tmp_path, capsys):
+    """No images per prompt used to be refused after both trainings."""
+    for name in ("--samples", "--images", "--prompts-per-task", "--steps"):
+        said = refused(quickstart, capsys, name, 0, "--out", tmp_path / "out")
+        assert f"{name[2:].replace('-', '_')}=0 must be at least 1" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_quickstart_deletes_nothing(tiny_world, tmp_path):
+    """A folder of the user's with a run's name used to be deleted before the run began."""
+    (own := tmp_path / "own" / "index.html").parent.mkdir()
+    own.write_text("mine")
+    with pytest.raises(UserError, match=r"holds index\.html, which a run would overwrite"):
+        fine_tuned(replace(tiny_run(tiny_world, "own"), run_dir=tmp_path / "own"))
+    assert own.read_text() == "mine"

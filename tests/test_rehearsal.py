@@ -255,6 +255,10 @@ def test_wrong_names(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["rehearse.py", *words])
         with pytest.raises(UserError, match=message):
             rehearse.main()
+    # These used to be noticed after training, or not at all.
+    for name, value in (("codes", 0), ("minutes", -1.0), ("memory", 0.0)):
+        with pytest.raises(UserError, match=f"{name}={value} must be"):
+            Rehearsal("rar", "B", **{name: value})
 
 
 @pytest.mark.slow

@@ -304,6 +304,13 @@ def test_bad_models_are_refused(refusal):
     )
 
 
+def test_windows_of_every_model_are_checked_before_drawing(refusal, shapes_ckpt, monkeypatch):
+    """Those of the second model used to be checked after all images of the first were drawn."""
+    monkeypatch.setattr(DrawingModelOptions, "load", None)
+    message = refusal("--ckpt", shapes_ckpt, "--against", "shapes", "--prompt", "x", "--window", 2)
+    assert "shapes: window=2 is larger than the model's k=1" in message
+
+
 def test_a_page_of_the_users_own_is_kept(refusal, tmp_path):
     """It used to be overwritten."""
     page = tmp_path / "index.html"
@@ -312,6 +319,25 @@ def test_a_page_of_the_users_own_is_kept(refusal, tmp_path):
     assert "index.html would be overwritten" in message and page.read_text().endswith(
         "mine</title>"
     )
+
+
+def test_the_page_of_a_run_is_kept(refusal, plain):
+    """It used to be overwritten, and nothing would write a finished run's page again."""
+    run_dir = plain.parents[1]
+    message = refusal("--ckpt", "shapes", "--prompt", "x", "--out", run_dir)
+    assert f"{run_dir / 'index.html'} is the page of a training run" in message
+
+
+def test_titles_and_folders_are_checked_first(refusal, tmp_path):
+    """A title that is not UTF-8 used to fail after all images were drawn."""
+    asked = ("--ckpt", "shapes", "--prompt", "x", "--out", tmp_path / "out")
+    assert "--names: '\\udcff' contains a lone surrogate" in refusal(*asked, "--names", "\udcff")
+    assert "--names has an empty value" in refusal(*asked, "--names", "")
+    (tmp_path / "file").write_text("")
+    for name, what in (("file", "is a file, not a folder"), ("none", "does not exist")):
+        message = refusal(*asked, "--images", tmp_path / name)
+        assert f"image folder {tmp_path / name} {what}" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_with_base_is_refused_for_an_export(tmp_path, refusal, shapes_ckpt):

@@ -276,6 +276,25 @@ def test_check_names_prompts_that_are_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ("--reward.detector-weights none", "the shapes detector has no weights"),
+        (
+            "--reward.detector mask2former --reward.detector-weights none",
+            "reward.detector_weights=none does not exist",
+        ),
+        ("--reward.answerer mplug --reward.answerer-weights none", "none is not a file, a folder"),
+        ("--reward.prompts own.txt", "which is not GenEval metadata"),
+    ],
+)
+def test_check_refuses_judges_as_training_does(refusal, options, words, tmp_path, monkeypatch):
+    """It used to say "ready"."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.txt").write_text("a red fox")
+    assert words in refusal("shapes-reward", "--check", *options.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         ("--steps None", "steps is not given"),
         ("--condition-dropout 1", "condition_dropout=1.0 and"),  # as in any training
         ("--batch-size 96 --reward.group 9", "batch_size=96 must be a multiple of reward.group=9"),

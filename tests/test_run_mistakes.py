@@ -255,6 +255,13 @@ def test_options_that_a_checkpoint_settles_itself_are_refused(plain, option):
         recipe("shapes-control", start | {f"backbone.{name}": value})
 
 
+def test_the_precision_of_no_caption_encoder_is_refused():
+    """It used to have no effect on such a run, without a word."""
+    for name, family in (("shapes-janus-lora", "janus"), ("llamagen-shapes", "llamagen")):
+        with pytest.raises(UserError, match=f"text_encoder_dtype=.* has no effect with .*{family}"):
+            recipe(name, {"backbone.text_encoder_dtype": "bfloat16"})
+
+
 def test_a_recipe_of_another_family_is_refused(plain, tiny_world):
     config = tiny_run(tiny_world, "beside", backbone__weights=str(plain), backbone__family="rar")
     for start in (train, check):

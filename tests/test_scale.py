@@ -56,6 +56,7 @@ def test_classes_are_counted_by_view():
         ({"gpus": 12}, {}, "gpus=12 cannot be split equally over machines of 8"),
         ({"images": 0.5}, {}, "images=0.5 must be a whole number"),
         ({"images_per_second": 0}, {}, "images_per_second=0 must be a number above 0"),
+        ({"images": 1e300}, {}, r"images=1e\+300 must be a number above 0 \(from 1e-06 to 1e\+15"),
         ({}, {"batch_size": 1024}, "batch_size=1024 cannot be split over 64 processes"),
         ({"images": 50}, {}, "fewer than the 50 usable samples"),
         ({"gpu_memory": 0.1}, {}, r"needs \d.\d+ GB of GPU memory, but there is only 0.10 GB"),

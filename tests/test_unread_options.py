@@ -105,6 +105,16 @@ def test_options_of_steps_on_data_when_the_model_learns_from_its_own_images(capl
     assert not caplog.text, "these are for the built-in prompts"
     settle_options(replace(own, reward=replace(own.reward, clip=0.1)), own)
     assert "reward.clip=0.1 has no effect with reward.updates=1" in caplog.text
+    alone = replace(own.reward, watch=(), answerer="mplug", detector="shapes")
+    settle_options(replace(own, reward=alone), own)
+    assert "reward.answerer=mplug has no effect with reward.functions and watch" in caplog.text
+    assert "reward.detector" not in caplog.text
+    settle_options(replace(own, reward=replace(alone, watch_images=3)), own)
+    assert "reward.watch_images=3 has no effect with an empty reward.watch" in caplog.text
+    with pytest.raises(UserError, match=r"no effect with reward\.kl=0"):  # drew unguided after it
+        replace(own.reward, start_cfg_scale=4.0, kl=0.0)
+    settle_options(replace(own, reward=replace(alone, functions=("dpg",))), own)
+    assert "reward.detector=shapes has no effect with reward.functions and watch" in caplog.text
 
 
 def test_epochs_alone_replace_the_recipes_steps(caplog):

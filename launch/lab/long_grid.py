@@ -34,6 +34,8 @@ from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.sampling import check_counts, check_seed
 from t2i.training.config import TrainConfig
 
+_MOST_WORKERS = 256
+
 
 @dataclass(frozen=True)
 class LongGrid:
@@ -86,6 +88,10 @@ class LongGrid:
         for name in ("workers", "minutes"):
             if (given := getattr(self, name)) < 0:
                 raise UserError(f"{name}={given} must not be negative")
+        if self.workers > _MOST_WORKERS:
+            raise UserError(
+                f"workers={self.workers} must be at most {_MOST_WORKERS}: each is a process"
+            )
 
     def trained(self) -> list:
         """The settings that a trained model depends on, besides base, arm and seed."""
@@ -132,7 +138,7 @@ def main() -> None:
 def do_what_is_left(grid: LongGrid) -> None:
     """Do the runs that have no result yet."""
     runs = planned(grid)
-    writable_folder(grid.out)
+    writable_folder(grid.out, make=False)
     done = {line["key"] for line in results(grid.out)}
     todo = [run for run in runs if run.key(grid) not in done]
     print(f"{len(todo)} of {len(runs)} runs to do", flush=True)

@@ -26,7 +26,7 @@ from launch.lab.long_steps import WARM_UP, Trainer
 from launch.lab.result_lines import TASKS, append
 from t2i.data.order import split_indices
 from t2i.evaluation.evidence import repairs, stage_changes
-from t2i.files import json_sha256
+from t2i.files import json_sha256, writable_folder
 from t2i.loading import load_backbone, pick_device
 from t2i.models.base import Backbone
 from t2i.models.tokenizers.vq import VQTokenizer
@@ -60,6 +60,7 @@ class GridWorld:
         """By run, result lines that wait for verdicts; those of a run are written together."""
         folders = [base.partition("=")[::2] for base in grid.bases]
         self.backbones = {name: self._loaded(weights) for name, weights in folders}
+        writable_folder(grid.out)
         first = next(iter(self.backbones.values()))
         assert isinstance(first.tokenizer, VQTokenizer), "LlamaGen has no other kind"
         self.tokenizer = first.tokenizer

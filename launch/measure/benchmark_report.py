@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from launch.measure import formulas
 from launch.measure.peers import PEERS
 from t2i.charts import save_figure
+from t2i.errors import UserError
 from t2i.evaluation.results import markdown_table, versions
-from t2i.files import write_json, write_text
+from t2i.files import read_json, write_json, write_text
 
 COLORS = ("#222222", "#d62626", "#f78a1a", "#2858d6", "#269c4c", "#8038ac", "#1aa3a3", "#777777")
 _PEERS = "Peers: " + "; ".join(f"{name}: {about}" for name, about in PEERS.items()) + "."
@@ -112,6 +114,18 @@ def _cell(row: dict, key: str) -> str:
         return text.format(value)
     low, high = map(text.format, spread)
     return f"{text.format(value)} ({low}-{high})"
+
+
+def refuse_other_files(stem: Path) -> None:
+    """UserError if files that no earlier benchmark wrote would be overwritten."""
+    paths = [Path(f"{stem}.{end}") for end in ("json", "md", "svg")]
+    there, before = [str(path) for path in paths if path.exists()], None
+    with suppress(UserError):  # missing, or not JSON
+        before = read_json(paths[0])
+    if there and not (isinstance(before, dict) and {"machine", "rows"} <= before.keys()):
+        raise UserError(
+            f"{', '.join(there)} would be overwritten, and no benchmark wrote it: give another --out"
+        )
 
 
 def write(results: dict, stem: Path) -> None:

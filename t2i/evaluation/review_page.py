@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from t2i.errors import UserError
+from t2i.errors import UserError, nearest_path, no_folder
 from t2i.evaluation.generation_folder import (
     GENERATION_FILE,
     codes_file,
@@ -104,6 +104,8 @@ def open_column(name: str, folder: Path) -> Column:
     Raises:
         UserError: the folder is neither.
     """
+    if not folder.is_dir():
+        raise UserError(f"image folder {folder} {no_folder(folder)}{nearest_path(folder)}")
     try:
         images, verdicts, judge = _with_verdicts(folder)
     except UserError:

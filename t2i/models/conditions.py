@@ -5,13 +5,12 @@ Shapes: B batch, P prefix length, D model width, C width of a caption's features
 """
 
 import operator
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from t2i.errors import UserError
+from t2i.errors import UserError, check_text
 
 if TYPE_CHECKING:
     import torch
@@ -23,19 +22,7 @@ def check_captions(captions: Sequence[str], what: str = "captions") -> None:
     if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
         raise UserError(f"{what} must be a list of strings, got {captions!r:.200}")
     for caption in captions:
-        try:
-            caption.encode()
-        except UnicodeEncodeError as error:
-            known = sys.getfilesystemencoding()
-            if known != "utf-8":  # then non-ASCII arguments arrive as surrogates
-                raise UserError(
-                    f"{what}: {caption!r:.200} is not text in {known}, the encoding of this shell's "
-                    "locale; start again with PYTHONUTF8=1, or after export LC_ALL=C.UTF-8"
-                ) from error
-            raise UserError(
-                f"{what}: {caption!r:.200} contains a lone surrogate ({caption[error.start]!r}), which "
-                "is not a character; remove it"
-            ) from error
+        check_text(caption, what)
 
 
 def class_ids(values: "Iterable[object] | Tensor", num_classes: int) -> "Tensor":

@@ -8,7 +8,7 @@ from pathlib import Path
 from t2i.progress import readable_size, readable_time
 from t2i.reward.reward_options import BUILT_IN, RewardConfig, RewardOptions
 from t2i.reward.reward_prompts import PromptPool, training_prompts
-from t2i.reward.rewards import own_function
+from t2i.reward.rewards import check_judges, own_function
 from t2i.tensorar.model import TensorAR
 from t2i.training import check as training_check
 from t2i.training.memory import prompt_length, weight_bytes
@@ -45,6 +45,7 @@ def _reward_lines(options: RewardOptions, pool: PromptPool) -> list[str]:
     for name in options.functions:
         if name not in BUILT_IN:
             own_function(name)
+    check_judges(options, pool.every())
     counts = ", ".join(f"{len(entries)} {task}" for task, entries in pool.tasks.items())
     rewards = " + ".join(f"{w:g} x {name}" for name, w in options.weighted().items())
     return [

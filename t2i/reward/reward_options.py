@@ -101,6 +101,11 @@ class RewardOptions:
                 f"name one of {', '.join(BUILT_IN)}, or learn a guided start "
                 "(reward.start_cfg_scale, reward.kl)"
             )
+        if self.teacher is not None and not self.kl:
+            raise UserError(
+                "reward.start_cfg_scale and reward.start_temperature have no effect with "
+                "reward.kl=0: leave them out, or give a reward.kl"
+            )
         if unknown := [name for name in self.watch if name not in BUILT_IN]:
             raise UserError(f"reward.watch: {unknown[0]!r} is none of {', '.join(BUILT_IN)}")
         least = {"group": 2, "kl": 0, "watch_prompts": 0, "workers": 0}
@@ -211,6 +216,17 @@ class RewardConfig(TrainConfig):
             yield {"reward.tasks"}, f"reward.prompts={self.reward.prompts}, a file"
         if self.reward.updates == 1:
             yield {"reward.clip"}, "reward.updates=1 (the ratio is always 1)"
+        used = {*self.reward.functions, *self.reward.watch}
+        if not used & {"geneval", "geneval-soft"}:
+            weights = set() if "clip" in used else {"reward.detector_weights"}
+            yield weights | {"reward.detector"}, "reward.functions and watch without geneval"
+        if not self.reward.watch:
+            yield {"reward.watch_prompts", "reward.watch_images"}, "an empty reward.watch"
+        if not self.reward.functions:
+            yield {"reward.by_spread", "reward.constant"}, "empty reward.functions"
+        if "dpg" not in used:
+            answerer = {"reward.answerer", "reward.answerer_weights"}
+            yield answerer, "reward.functions and watch without dpg"
 
     @property
     def prompts_per_step(self) -> int:

@@ -16,16 +16,18 @@ from dpg_bench.questions import Question, item_problems
 from dpg_bench.score import score_image
 from geneval.detector import Detections, Detector
 from geneval.detectors import CLIP, load_detector
-from geneval.rules import RuleOptions, check_entries, decide, name_colors
-from t2i.errors import UserError
+from geneval.rules import RuleOptions, check_entries, check_schema, decide, name_colors
+from t2i.errors import UserError, nearest_path
 from t2i.reward.reward_options import RewardOptions
 from t2i.shapes.shapes_questions import ANY_SHAPE, PLAIN_BACKGROUND, questions_of
+from t2i.sources import check_named
 
 Images = Sequence[Image.Image]
 Entries = Sequence[Mapping[str, Any]]
 """Metadata of each image, with at least its "prompt"."""
 Reward = Callable[[Images, Entries], Sequence[float]]
 
+_GENEVAL = {"geneval", "geneval-soft"}
 PARTIAL = 0.5
 """The most that `soft_credit` gives to an image whose verdict is wrong."""
 
@@ -41,7 +43,7 @@ def load_rewards(
     found: dict[str, Reward] = {}
     detector = None
     for name in names:
-        if name in ("geneval", "geneval-soft"):
+        if name in _GENEVAL:
             detector = detector or _detector(options, device)
             found[name] = GenEvalReward(detector, soft=name == "geneval-soft")
         elif name == "dpg":
@@ -53,16 +55,46 @@ def load_rewards(
     return found
 
 
+def check_judges(options: RewardOptions, entries: Entries) -> None:
+    """UserError for what loading the judges, or checking the prompts with them, would refuse, as
+    far as that shows without a judge's weights.
+    """
+    used, weights = {*options.functions, *options.watch}, options.detector_weights
+    exact = {name: judge == "shapes" for name, judge in _judges(options).items()}
+    cpu, asks = torch.device("cpu"), _GENEVAL & {*options.functions}
+    if used & _GENEVAL and exact["geneval"]:
+        detector = _detector(options, cpu)
+        check_entries(entries if asks else (), detector)
+    elif used & (_GENEVAL | {"clip"}):
+        if weights is not None and not weights.expanduser().exists():
+            raise UserError(
+                f"reward.detector_weights={weights} does not exist{nearest_path(weights)}"
+            )
+        for index, entry in enumerate(entries if asks else ()):
+            check_schema(entry, f"prompt {index}")
+    if "dpg" in used and exact["dpg"]:
+        _answerer(options, cpu)
+    elif "dpg" in used and options.answerer_weights is not None:
+        check_named(options.answerer_weights, folder=True)
+
+
+def _judges(options: RewardOptions) -> dict[str, str]:
+    """The names of geneval's detector and of dpg's answerer."""
+    own = options.world == "shapes"
+    detector, answerer = ("shapes", "shapes") if own else ("mask2former", "mplug")
+    return {
+        "geneval": detector if options.detector == "auto" else options.detector,
+        "dpg": answerer if options.answerer == "auto" else options.answerer,
+    }
+
+
 def _detector(options: RewardOptions, device: torch.device) -> Detector:
-    own = "shapes" if options.world == "shapes" else "mask2former"
-    name = own if options.detector == "auto" else options.detector
+    name = _judges(options)["geneval"]
     return load_detector(name, weights=options.detector_weights, device=device)
 
 
 def _answerer(options: RewardOptions, device: torch.device) -> Answerer:
-    own = "shapes" if options.world == "shapes" else "mplug"
-    name = own if options.answerer == "auto" else options.answerer
-    return load_answerer(name, options.answerer_weights, device)
+    return load_answerer(_judges(options)["dpg"], options.answerer_weights, device)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Fine-tunes, validates, draws and judges on the shapes world (quickstart, experiments, bases)."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +24,11 @@ from t2i.training.validation import validate
 def fine_tuned(run: TrainConfig) -> TensorAR:
     """The model at the end of a run; the run is started or resumed unless it is complete."""
     done = run_checkpoints(run.run_dir)
-    if not done:
-        shutil.rmtree(run.run_dir, ignore_errors=True)  # stopped before its first checkpoint
-    complete = done and done[-1].name == f"step_{run.steps:06d}"
-    return loaded(done[-1] if complete else train(replace(run, resume=bool(done))))
+    if done and done[-1].name == f"step_{run.steps:06d}":
+        return loaded(done[-1])
+    # Also true of a run that was stopped before its first checkpoint, and starts again.
+    begun = (run.run_dir / "config.json").is_file()
+    return loaded(train(replace(run, resume=begun)))
 
 
 def loaded(folder: Path) -> TensorAR:

@@ -1,9 +1,9 @@
 """The cluster that a run is planned for. Imports no torch, so that --help is fast."""
 
-import math
 from dataclasses import dataclass
 
 from t2i.errors import UserError
+from t2i.sampling import check_positive
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,7 @@ class Cluster:
     """Refuse a run that takes longer, including encoding if its speed is given; None: no limit."""
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name}={value} must be a number above 0")
+        check_positive(**vars(self))
         if self.images != int(self.images):
             raise UserError(f"images={self.images} must be a whole number")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:

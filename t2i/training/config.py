@@ -115,6 +115,11 @@ class LabelledOptions(_AnyData):
 
     def __post_init__(self):
         check_types(self, "data.")
+        if Path(self.split).name != self.split:
+            raise UserError(
+                f"data.split={self.split!r} must be the name of a sub-folder; give another place as "
+                "data.source"
+            )
         # The same check as in `t2i.data.images.Views`, which imports torch.
         if not self.crop_ranges or not 1 <= min(self.crop_ranges) <= max(self.crop_ranges) <= 10:
             raise UserError(f"data.crop_ranges={self.crop_ranges} must be factors from 1 to 10")

@@ -9,7 +9,7 @@ from t2i.data.samples import RewrittenSource, Source
 from t2i.data.sources.classes import LabelledFolder, find_classes
 from t2i.data.sources.open_source import open_source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes, is_llamagen_folder
-from t2i.errors import UserError
+from t2i.errors import UserError, nearest_path
 from t2i.fields import given_options
 from t2i.models.base import BackboneSpec
 from t2i.training.config import DataOptions, LabelledOptions
@@ -85,7 +85,9 @@ def labelled_sources(options: LabelledOptions) -> list[Path]:
             + ", ".join(map(str, sources))
         )
     if not sources[0].exists():
-        raise UserError(f"data.source: {sources[0]} is neither a folder nor a file")
+        raise UserError(
+            f"data.source: {sources[0]} is neither a folder nor a file{nearest_path(sources[0])}"
+        )
     if sources[0].is_dir() and not is_llamagen_folder(sources[0]):
         find_classes(sources[0], options.split)  # raises if something is wrong with it
     return sources

@@ -12,6 +12,7 @@ from typing import TypeVar
 from t2i.checkpoint_folders import is_checkpoint
 from t2i.errors import UserError
 from t2i.fields import given_options, leaves
+from t2i.models.families import find_family
 from t2i.training.config import LabelledOptions, TrainConfig, Unread
 from t2i.training.open_data import holds_codes
 from t2i.training.settings import plain
@@ -50,6 +51,10 @@ def _refused(config: TrainConfig, given: list[str]) -> Unread:
     data, of_base = config.data, {"backbone.grid", "backbone.text_encoder_dtype"}
     if of_base & {*given} and is_checkpoint(config.backbone.weights):  # last: may hash files
         yield of_base, f"backbone.weights={config.backbone.weights}, which has its own"
+    family = config.backbone.family
+    if find_family(family).text_encoder is None or isinstance(data, LabelledOptions):
+        no_encoder = f"backbone.family={family} here, which has no caption encoder"
+        yield {"backbone.text_encoder_dtype"}, no_encoder
     if isinstance(data, LabelledOptions) and any(map(holds_codes, data.source)):
         yield {"data.views", "data.crop_ranges", "data.split"}, "pretokenized codes"
     elif isinstance(data, LabelledOptions) and data.views == "flip":
