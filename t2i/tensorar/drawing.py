@@ -99,19 +99,19 @@ def pick(logits: Tensor, keys: Tensor, rule: SubTokenSampling) -> Tensor:
     return codes.expand_as(scores).gather(-1, best)[..., 0]
 
 
-def are_finite(logits: Tensor, codes: Tensor) -> Tensor:
-    """Whether the logits [..., V] that `codes` [..., 1] were picked by are finite: bool [].
+def picked_sum(logits: Tensor, codes: Tensor) -> Tensor:
+    """Sum of the logits that `codes` [..., 1] were picked by, from logits [..., V]: fp32 [].
 
-    The picked one tells: the argmax takes NaN and inf for the largest.
+    It is finite if all logits were: the argmax takes NaN and inf for the largest.
     """
-    return logits.gather(-1, codes).isfinite().all()
+    return logits.gather(-1, codes).sum()
 
 
-def check_finite(finite: Tensor, dtype: torch.dtype) -> None:
-    """NotFiniteError if logits were not finite, as overflow makes them in float16. To be called
-    once for an image: the host waits for the device.
+def check_finite(total: Tensor, dtype: torch.dtype) -> None:
+    """NotFiniteError if logits of this sum were not finite, as overflow makes them in float16. To
+    be called once for an image: the host waits for the device.
     """
-    if not finite:
+    if not total.isfinite():
         raise NotFiniteError(
             f"there is no image to draw: in {str(dtype).removeprefix('torch.')}, the model's "
             "outputs are NaN or infinite. Draw in float32 or bfloat16 (dtype); if that does not "

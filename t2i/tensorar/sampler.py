@@ -23,7 +23,7 @@ from t2i.models.conditions import Condition
 from t2i.models.kv_cache import KVCache
 from t2i.rng import fold
 from t2i.sampling import SamplingConfig, Speed, SubTokenSampling
-from t2i.tensorar.drawing import are_finite, check_finite, noise_keys, pick, rules
+from t2i.tensorar.drawing import check_finite, noise_keys, pick, picked_sum, rules
 from t2i.tensorar.model import TensorAR, slot_parts
 from t2i.tensorar.speculation import count_right, first_guesses, put, take
 from t2i.tensorar.speed import Run, frozen_weights, runner
@@ -191,8 +191,8 @@ class Drawing:
     """The number of the last window drawn, int64 [1]; with speculation [B, 1], one per row."""
     ahead: int
     """How many windows of each row a call draws by speculation; 0: no speculation."""
-    finite: Tensor
-    """Whether the logits of all codes drawn so far were finite, bool []."""
+    picked: Tensor
+    """Sum of the logits of all codes drawn so far, fp32 []: it shows whether they were finite."""
 
     def refill(self, condition: Condition, keys: Tensor, noise: Tensor) -> None:
         """Start another batch of the same shape, in place."""
@@ -203,7 +203,7 @@ class Drawing:
         self.keys_B.copy_(keys)
         self.noise_NBkS.copy_(noise)
         self.index.zero_()
-        self.finite.fill_(True)
+        self.picked.zero_()
 
 
 def _tensors(condition: Condition) -> list[Tensor]:
@@ -234,7 +234,7 @@ def new_drawing(
         windows_BNkS=noise.new_zeros(batch, room, slots, subs),
         index=noise.new_zeros(own),
         ahead=ahead,
-        finite=torch.ones((), dtype=torch.bool, device=keys.device),
+        picked=torch.zeros((), dtype=torch.float32, device=keys.device),
     )
 
 
@@ -257,7 +257,7 @@ def draw_windows(model: TensorAR, h_RnD: Tensor, index: Tensor, drawing: Drawing
             parts.append((slice(stride, slots), drafts))
         picked = [pick(logits[:, part], noise_MkS[:, part, s], own) for part, own in parts]
         codes = torch.cat(picked, dim=1)[..., None]
-        drawing.finite.logical_and_(are_finite(logits, codes))
+        drawing.picked.add_(picked_sum(logits, codes))
         windows = torch.cat([windows, codes], dim=-1)
     return windows.unflatten(0, (-1, n))
 
@@ -358,7 +358,7 @@ def sample_windows(
             if on_step is not None:
                 for _ in range(settled):
                     on_step(drawing.windows_BNkS[:, : windows.count])
-        check_finite(drawing.finite, condition.prefix.dtype)
+        check_finite(drawing.picked, condition.prefix.dtype)
         return drawing.windows_BNkS[:, : windows.count].clone()
 
 
