@@ -61,8 +61,14 @@ def main() -> None:
     config = cli.parse(Quickstart, __doc__)
     from t2i.files import owning
 
-    base = run_config(config, config.control).backbone.weights
-    for name in config.recipes:  # before any work
+    control = run_config(config, config.control)
+    base, held_out = control.backbone.weights, control.data.validation_samples or 0
+    if config.images <= held_out:  # before any work
+        raise UserError(
+            f"images={config.images} must be more than the {held_out} that {config.control} holds "
+            "out of training"
+        )
+    for name in config.recipes:
         if (own := run_config(config, name).backbone.weights) != base:
             raise UserError(
                 f"{name} starts from {own}, but its control {config.control} from {base}: give "

@@ -130,6 +130,8 @@ def test_the_quickstart_checks_its_numbers_first(tmp_path, capsys):
     for name in ("--samples", "--images", "--prompts-per-task", "--steps"):
         said = refused(quickstart, capsys, name, 0, "--out", tmp_path / "out")
         assert f"{name[2:].replace('-', '_')}=0 must be at least 1" in said
+    said = refused(quickstart, capsys, "--images", 256, "--out", tmp_path / "out")
+    assert "images=256 must be more than the 256 that shapes-control holds out" in said
     assert not (tmp_path / "out").exists()
 
 
