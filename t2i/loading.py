@@ -1,8 +1,11 @@
 """Loads backbones from sources (`t2i.sources`), and puts TensorAR around them."""
 
+import logging
 import math
+import os
 import re
 from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,12 @@ from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
 from t2i.weights import state_dict_sha256, stored_sha256
 
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MOST_SIDE = 1024
 """Upper limit of a grid's sides, in codes: a grid is read from the command line."""
+_CARDS = Path("/proc/driver/nvidia/gpus")
+"""Lists the NVIDIA cards of a Linux machine, whether PyTorch can use them or not."""
 
 
 def pick_device(
@@ -43,7 +49,7 @@ def pick_device(
     """
     name = str(device)
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if find_gpu() else "cpu"
     if not re.fullmatch(r"cpu|meta|cuda(:\d+)?", name):
         raise UserError(f"device {name!r} must be auto, cpu or cuda (cuda:1 is the second GPU)")
     if name.startswith("cuda"):
@@ -59,17 +65,39 @@ def pick_device(
     return torch.device(name), DTYPES[dtype]
 
 
+def find_gpu() -> bool:
+    """Whether PyTorch can use a GPU; warns once if it cannot, and this machine has a card."""
+    found = torch.cuda.is_available()
+    if not found and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        _warn_of_idle_cards()
+    return found
+
+
+@cache
+def _warn_of_idle_cards() -> None:
+    cards = len(list(_CARDS.iterdir())) if _CARDS.is_dir() else 0
+    if cards:
+        message = (
+            "this machine has %d NVIDIA card(s), but the CPU is used, as PyTorch found no GPU: %s"
+        )
+        log.warning(message, cards, _why_no_gpu())
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None:
+        return "this PyTorch is built for CPUs only: install the build for your CUDA (pytorch.org)"
+    return (
+        f"this PyTorch needs a driver for CUDA {torch.version.cuda.partition('.')[0]} or newer "
+        "(nvidia-smi shows yours; docs/troubleshooting.md), and CUDA_VISIBLE_DEVICES can hide cards"
+    )
+
+
 def _check_gpu(name: str) -> None:
     """UserError if PyTorch does not see this GPU."""
     if not torch.cuda.is_available():
-        why = (
-            "this PyTorch is built for CPUs only: install the build for your CUDA (pytorch.org)"
-            if torch.version.cuda is None
-            else "check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES"
-        )
         raise UserError(
-            f"device {name!r} was requested, but PyTorch found no GPU on this machine ({why}); "
-            "cpu or auto works without one"
+            f"device {name!r} was requested, but PyTorch found no GPU on this machine; cpu or auto "
+            f"works without one. {_why_no_gpu()}"
         )
     number = torch.device(name).index or 0
     if number >= (count := torch.cuda.device_count()):

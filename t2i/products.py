@@ -58,6 +58,8 @@ def _pays() -> bool:
     info = Path("/proc/cpuinfo")  # torch does not report the vendor
     if not info.is_file() or "AuthenticAMD" not in info.read_text():
         return False
+    if not hasattr(torch.backends.mkldnn, "matmul"):  # before torch 2.9: no switch
+        return False
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and _as_exact()
 
 

@@ -402,6 +402,9 @@ def test_a_missing_gpu_is_reported(monkeypatch):
     """Case 28: the message says that no GPU was found, not just which values are allowed."""
     with pytest.raises(t2i.UserError, match="PyTorch found no GPU on this machine"):
         pick_device("cuda")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    with pytest.raises(t2i.UserError, match="needs a driver for CUDA 13 or newer"):
+        pick_device("cuda")
     monkeypatch.setattr("torch.version.cuda", None)
     with pytest.raises(t2i.UserError, match="built for CPUs only"):
         t2i.load_model("shapes", device="cuda")
@@ -410,6 +413,19 @@ def test_a_missing_gpu_is_reported(monkeypatch):
             pick_device(wrong)
     with pytest.raises(t2i.UserError, match="dtype 'half' must be auto"):
         pick_device("cpu", "half")
+
+
+def test_cards_that_pytorch_cannot_use_are_pointed_out(tmp_path, monkeypatch, caplog):
+    """A driver older than PyTorch's CUDA: everything ran on the CPU without a word."""
+    (tmp_path / "0000:01:00.0").mkdir()
+    monkeypatch.setattr(loading, "_CARDS", tmp_path)
+    loading._warn_of_idle_cards.cache_clear()
+    assert pick_device()[0].type == "cpu" and not caplog.messages  # CUDA_VISIBLE_DEVICES is set
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for _ in range(2):
+        assert pick_device()[0].type == "cpu"
+    (message,) = caplog.messages
+    assert message.startswith("this machine has 1 NVIDIA card(s), but the CPU is used")
 
 
 # -- pictures --------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ from t2i.training.loop import train
 from t2i.training.training_run import Run
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.backends.mkldnn, "matmul"), reason="torch has no switch for this before 2.9"
+)
 
 
 def settings() -> tuple[str, bool]:

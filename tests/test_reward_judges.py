@@ -188,11 +188,11 @@ def test_a_reward_leaves_pytorchs_defaults_alone(tmp_path, monkeypatch):
     changes = Path(reward_functions.__file__).read_text() + "\nchanges_defaults([], [])\n"
     (tmp_path / "scoring_script.py").write_text(changes)
     monkeypatch.syspath_prepend(tmp_path)
-    before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.empty(0).device
     name = "scoring_script:changes_defaults"
     panel = Panel({name: own_function(name)}, {name: 1.0}, seconds=30.0, constant=3)
     assert panel.judge_all([RIGHT], [position("circle", "left of", "square")]) == {name: [0.5]}
-    after = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    after = torch.is_grad_enabled(), torch.get_default_dtype(), torch.empty(0).device
     assert after == before
 
 

@@ -105,15 +105,15 @@ def defaults_kept() -> Iterator[None]:
     gradients, dtype, device = (
         torch.is_grad_enabled(),
         torch.get_default_dtype(),
-        torch.get_default_device(),
+        torch.empty(0).device,
     )
     try:
         yield
     finally:
         torch.set_grad_enabled(gradients)
         torch.set_default_dtype(dtype)
-        if torch.get_default_device() != device:
-            torch.set_default_device(None if device.type == "cpu" else device)
+        if torch.empty(0).device != device:
+            torch.set_default_device(device)
 
 
 def own_function(name: str) -> Reward:

@@ -23,9 +23,17 @@ from torch import Tensor, nn
 from t2i.models.lean import swiglu
 from t2i.tensorar.method import TensorARConfig
 
+_EPS = torch.finfo(torch.float32).eps
+"""Of the codec's norms, in every dtype. (torch's default is that of bf16 in some versions: 0.008,
+far above the mean square of learned queries.)
+"""
+
 
 class Norm(nn.RMSNorm):
     """RMS norm in its weight's dtype: torch fuses only equal ones, and autocast mixes them."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, eps=_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.type_as(self.weight))
@@ -129,7 +137,7 @@ class InputEncoder(nn.Module):
 
     def forward(self, e_MkD: Tensor, valid_Mk: Tensor) -> Tensor:
         """Embeddings of a window's slots [M, k, D] and which are valid [M, k] -> [M, D]."""
-        memory = F.rms_norm(e_MkD, e_MkD.shape[-1:]) + self.slots[: e_MkD.shape[1]]
+        memory = F.rms_norm(e_MkD, e_MkD.shape[-1:], eps=_EPS) + self.slots[: e_MkD.shape[1]]
         read = self.transformer(memory.type_as(e_MkD), valid_Mk)[:, 0]
         return read if self.z_in is None else e_MkD[:, 0] + self.z_in * read
 

@@ -179,9 +179,14 @@ def frozen_weights(model: nn.Module, speed: Speed) -> Hashable:
     places = tuple(p.data_ptr() for p in parameters)
     if speed != "compiled" or parameters[0].device.type != "cpu":
         return places
-    # Takes about as long as a step. The hash (XOR) alone would miss a change of all signs.
+    # Takes about as long as a step. The sum of all bit patterns alone would miss a change of signs.
     values = (p.detach() for p in parameters)
-    return places, *((torch.hash_tensor(v).item(), repr(v.sum().item())) for v in values)
+    return places, *((_bits(v).sum().item(), repr(v.sum().item())) for v in values)
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """The bit patterns of floating-point numbers, as integers."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 class Graphs:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from t2i import launcher
 from t2i.errors import UserError
 from t2i.files import read_json
+from t2i.loading import find_gpu
 from t2i.processes import Processes, local_gpu
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.speed import compiler_lacks
@@ -53,7 +54,7 @@ def start_processes() -> Processes:
 
 def _choose_accelerator() -> bool:
     """Choose the device before DeepSpeed is imported, which fixes it; True for a GPU."""
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    cuda = os.environ.get("DS_ACCELERATOR") != "cpu" and find_gpu()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return cuda
