@@ -263,8 +263,9 @@ def test_srun_tasks_join(tmp_path):
     )
     for rank, main in enumerate(("True", "False")):
         err = (tmp_path / f"err{rank}").read_text()
-        out = (tmp_path / f"out{rank}").read_text()
-        assert out.split("\n")[:2] == ["[0, 1] True 0", main], err
+        out = (tmp_path / f"out{rank}").read_text().splitlines()
+        out = [line for line in out if not line.startswith("[Gloo]")]  # older versions of torch
+        assert out == ["[0, 1] True 0", main], err
         assert err.endswith("error: wrong\n")
 
 
