@@ -166,8 +166,8 @@ def _open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) -
         source.remarks += _other_tables(folder, files, METADATA)
         return source
     if not images:
-        unread = UNREAD_SUFFIXES | PACKED_SUFFIXES | {".arrow"}
-        others = [path for path in files if path.suffix.lower() in unread]
+        convertible = UNREAD_SUFFIXES | PACKED_SUFFIXES | {".arrow"}
+        others = [path for path in files if path.suffix.lower() in convertible]
         hint = ""
         if others:
             hint = f"; unpack or convert files such as {name_in(folder, others[0])}"
