@@ -25,14 +25,15 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.errors import UserError, choose_one, shorten
-from t2i.models.families import FAMILIES
+from t2i.models.families import FAMILIES, module_if_any
 from t2i.rehearsal.layout import JUDGES, Written, module_of
 from t2i.sampling import check_counts, check_positive
 
 if TYPE_CHECKING:
     ModelName = str
 else:
-    ModelName = Literal[(*FAMILIES, *JUDGES)]
+    # A family may have no rehearsal.
+    ModelName = Literal[(*(f for f in FAMILIES if module_if_any(f, "rehearsal")), *JUDGES)]
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {
     "write": "write files with random weights",

@@ -106,7 +106,8 @@ def settle_group() -> None:
     if size == 1:
         one = {"LOCAL_RANK": "0"} | master
         os.environ |= {name: value for name, value in one.items() if name not in os.environ}
-    if rank is None or size is None or rank >= size or not master.keys() <= os.environ.keys():
+    complete = "MASTER_ADDR" in os.environ and _number("MASTER_PORT") is not None
+    if rank is None or size is None or rank >= size or not complete:
         names = ("RANK", "WORLD_SIZE", *master)
         told = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
         raise UserError(

@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -149,11 +150,25 @@ def join_processes(device: torch.device) -> Processes:
     if not dist.is_initialized():
         if not launcher.is_one_of_several():
             return Processes(device=device)
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        with joining():
+            dist.init_process_group("gloo", timeout=timedelta(days=30))
         launcher.watch_launcher()
     if device.type == "cuda" and device.index is None:
         device = local_gpu()
     return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+@contextmanager
+def joining() -> Iterator[None]:
+    """UserError if the processes do not find each other in this block: the port is taken, say."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise UserError(
+            f"the processes cannot meet at {place} ({error}). If another run uses the port, give "
+            "torchrun or deepspeed another: --master_port 29501"
+        ) from error
 
 
 def local_gpu() -> torch.device:

@@ -3,39 +3,34 @@ example family goes from a weight file through training to an export.
 """
 
 import re
+import shlex
 import sys
-from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import open_gates, randomize, tiny_codes, tiny_prepared, tiny_vq
+from helpers import open_gates, rare, tiny_codes, tiny_prepared
 from PIL import Image
+from programs import program
 
 import t2i
 from t2i import models
-from t2i.export_folder import export
-from t2i.files import write_json
-from t2i.model_options import ExportOptions
 from t2i.models import families
-from t2i.tensorar.method import TensorARConfig
-from t2i.training.config import (
-    BackboneOptions,
-    EngineOptions,
-    LabelledOptions,
-    LogOptions,
-    OptimOptions,
-    TrainConfig,
-)
-from t2i.training.loop import train
+from t2i.models.families import module_if_any
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "add_a_backbone.md"
+
+
+def code_of_the_page(language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """Registers the page's family and returns its backbone class."""
-    first, model = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    first, model, _ = code_of_the_page("python")
     folder = tmp_path / "models" / "toy"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text(first)
@@ -48,18 +43,11 @@ def toy(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def base(toy, tmp_path):
-    """A backbone folder with a tiny model of the family."""
-    config_type = toy.config_type
-    backbone = toy(config_type(32, 2, 2, grid=(4, 4), vocab_size=48, num_classes=4))
-    randomize(backbone)
-    folder = tmp_path / "base"
-    folder.mkdir()
-    torch.save(backbone.official_state_dict(), folder / "toy.pt")
-    torch.save(tiny_vq().state_dict(), folder / "vq.pt")
-    content = {"family": "toy", "weights": "toy.pt", "tokenizer": "vq.pt"}
-    write_json(folder / "config.json", content | {"config": asdict(backbone.config)})
-    return folder
+def base(toy, tmp_path, monkeypatch):
+    """The page's folder with a tiny model."""
+    monkeypatch.chdir(tmp_path)
+    exec(code_of_the_page("python")[2], {})
+    return tmp_path / "tiny_toy"
 
 
 def test_published_names_load_and_wrong_files_are_refused(toy, base):
@@ -74,7 +62,7 @@ def test_published_names_load_and_wrong_files_are_refused(toy, base):
 
 def test_cached_steps_equal_teacher_forcing(base):
     model = open_gates(t2i.attach(t2i.load_backbone("toy", base), t2i.presets.iclr2026(k=2)))
-    prepared, codes = tiny_prepared(model.backbone, 2), tiny_codes(model.backbone, 2, 16)
+    prepared, codes = tiny_prepared(model.backbone, 2), tiny_codes(model.backbone, 2, 36)
     x = model.backbone.embed_tokens(codes)
     condition = model.backbone.encode_condition(prepared)
     x = torch.cat([condition.prefix, x], dim=1)
@@ -88,34 +76,31 @@ def test_cached_steps_equal_teacher_forcing(base):
         torch.testing.assert_close(step[:, 0], whole[:, i], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_from_a_folder_through_training_to_an_export(base, tmp_path, tuning):
-    for label in range(4):
-        folder = tmp_path / "images" / "train" / f"c{label}"
+EXTRAS = {
+    "launch/train_imagenet.py": "--steps 2 --batch-size 4 --engine.micro-batch 4 --optim.warmup-steps 0",
+    "launch/sample_imagenet.py": "--count 4",
+    "launch/export.py": "--dtype float32",
+}
+"""Options that shorten the page's commands, by program; fp32, so that exports draw the same."""
+
+
+@pytest.mark.parametrize("tuning", ["full", rare("lora")])
+def test_the_pages_commands_from_a_tiny_model_to_an_export(base, tmp_path, tuning):
+    for label in range(20):
+        folder = tmp_path / "my_images" / "train" / f"c{label}"
         folder.mkdir(parents=True)
-        for i in range(4):
-            Image.new("RGB", (8, 8), (60 * label, 60 * i, 100)).save(folder / f"{i}.png")
-    every = dict.fromkeys(("validate_every", "sample_every", "save_every"), 0)
-    config = TrainConfig(
-        run_dir=tmp_path / "run",
-        backbone=BackboneOptions(family="toy", weights=str(base)),
-        method=TensorARConfig(k=2),
-        tuning=tuning,
-        data=LabelledOptions(
-            source=(str(tmp_path / "images"),),
-            views="flip",
-            cache_dir=tmp_path / "cache",
-            validation_samples=4,
-        ),
-        optim=OptimOptions(codec_lr=1e-3, backbone_lr=1e-3),
-        engine=EngineOptions(micro_batch=4),
-        log=LogOptions(log_every=1, prompts=("0",), **every),
-        batch_size=4,
-        steps=2,
+        Image.new("RGB", (24, 24), (12 * label, 60, 100)).save(folder / "0.png")
+    commands = code_of_the_page("bash")[0].replace("\\\n", "")
+    for _, script, *given in map(shlex.split, commands.splitlines()):
+        more = [*EXTRAS[script].split(), *(["--tuning", tuning] if "train" in script else [])]
+        program(import_module(script.removesuffix(".py").replace("/", ".")), *given, *more)
+    trained, exported = (
+        np.load(tmp_path / "outputs" / name)["arr_0"] for name in ("toy.npz", "toy-exported.npz")
     )
-    checkpoint = train(config)
-    images = t2i.generate(t2i.from_pretrained(checkpoint), [1, 3], progress=False)
-    options = {"prompt": ("1", "3"), "samples": 1, "dtype": "float32"}
-    out = export(ExportOptions(checkpoint, tmp_path / "out", **options))
-    drawn = t2i.generate(t2i.from_pretrained(out), [1, 3], progress=False)
-    assert [i.tobytes() for i in drawn] == [i.tobytes() for i in images]
+    assert trained.shape == (4, 24, 24, 3) and np.array_equal(trained, exported)
+
+
+def test_what_a_family_leaves_out_is_not_offered(toy):
+    """`launch/rehearse.py` used to offer every family, and to fail with a traceback."""
+    assert module_if_any("rar", "rehearsal") and module_if_any("rar", "recipes")
+    assert module_if_any("toy", "rehearsal") is module_if_any("toy", "recipes") is None

@@ -385,6 +385,10 @@ def test_missing_and_empty_sources(tmp_path, monkeypatch):
     (tmp_path / "note.md").write_text("x")
     with pytest.raises(ValueError, match="holds no images, no parquet files and no tars"):
         open_source(tmp_path / "empty")
+    (tmp_path / "empty" / "data.jsonl").write_text("{}")
+    for place in (tmp_path / "empty", tmp_path / "empty" / "data.jsonl"):
+        with pytest.raises(ValueError, match=r'Captions come from a file "metadata\.jsonl"'):
+            open_source(place)
     for missing in (tmp_path / "nowhere", "./nowhere", "nowhere", "lost/nowhere.tar"):
         with pytest.raises(ValueError, match=r"nowhere(\.tar)? does not exist"):
             open_source(missing)

@@ -158,6 +158,23 @@ def test_the_message_about_a_saved_data_set(tmp_path):
     assert levels(open_source(tmp_path / "train.parquet")) == [0, 1, 2]
 
 
+@STREAMED_OR_NOT
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ([[1, 2, 3]], r"column 'image' holds values such as \[\[1, 2, 3\]\]: give .* bytes"),
+        (7, "column 'image' holds values such as 7: give .* bytes"),
+        ("iVBORw0K" * 600, "column 'image' holds texts such as 'iVB.*base64"),
+    ],
+    ids=["pixels", "number", "base64"],
+)
+def test_a_column_of_something_else_than_images(tmp_path, streaming, image, said):
+    """Used to be reported as corrupt images: a bytes-like object is required, not 'list'."""
+    write_parquet(tmp_path / "0.parquet", {"image": [image] * 3, "text": CAPTIONS})
+    with pytest.raises(UserError, match=said):
+        open_source(tmp_path, streaming=streaming)
+
+
 # -- tars ------------------------------------------------------------------------------------------
 def test_the_first_json_of_a_tar_may_lack_the_caption(tmp_path, monkeypatch):
     """The columns used to be those of the first JSON, so no other could be given."""

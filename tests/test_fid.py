@@ -89,7 +89,7 @@ def test_a_truncated_npz_is_read_up_to_the_cut(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": pictures(2)}, "has no arr_0; it holds images"),
+        ({"images": pictures(2)}, r"has no arr_0 .*mu and sigma.*; it holds images"),
         ({"arr_0": pictures(2) / 255}, r"arr_0 is float64 \[2, 8, 8, 3\]; images must be uint8"),
         ({"arr_0": pictures(2)[..., :1]}, r"uint8 \[2, 8, 8, 1\]"),
         ({"arr_0": np.asfortranarray(pictures(2))}, "Fortran order"),
@@ -242,7 +242,9 @@ def test_a_stored_mean_is_not_rounded(tmp_path):
     [
         ({"mu": np.zeros(5), "sigma": np.eye(5)}, "mu has 5 features, this network has 4"),
         ({"mu": np.zeros(4), "sigma": np.eye(5)}, r"mu is \[4\] and sigma is \[5, 5\]"),
-        ({"mu": np.zeros(4)}, "sigma cannot be read"),
+        ({"mu": np.zeros(4)}, "has no sigma; it holds mu"),
+        ({"mu": np.zeros(4), "sigma": np.tri(4)}, "sigma is no covariance: it must be symmetric"),
+        ({"mu": np.zeros(4), "sigma": -np.eye(4)}, "not negative on its diagonal"),
         (
             {"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(7), "sigma_s": np.eye(7)},
             "mu_s has 7 features, this network has",

@@ -4,6 +4,7 @@ launcher loses no step.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from launch.lab.soak_processes import processes_of
 from t2i import checkpoint_folders, launcher
 from t2i.errors import UserError
 from t2i.processes import ALONE, join_processes
+from t2i.training.engine import start_processes
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -227,6 +229,20 @@ def test_a_frozen_process_ends_the_others(frozen):
         ranks[frozen].kill()
     assert ranks[1 - frozen].returncode == 1, err
     assert f"process {frozen} has given no sign of life for 2 seconds" in err
+
+
+def test_a_port_that_another_run_uses(monkeypatch):
+    """The second `deepspeed` on a machine used to end with a traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken.getsockname()[1]}
+        for name, value in (job | {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2}).items():
+            monkeypatch.setenv(name, str(value))
+        for join in (join_processes, lambda _: start_processes()):
+            with pytest.raises(UserError, match=r"cannot meet at 127.*in use.*--master_port"):
+                join(torch.device("cpu"))
+        monkeypatch.setenv("MASTER_PORT", "abc")
+        with pytest.raises(UserError, match=r"no process of a group.*MASTER_PORT=abc"):
+            start_processes()
 
 
 def test_srun_tasks_join(tmp_path):

@@ -174,6 +174,13 @@ def test_data_missing_in_one_rank_end_both_with_its_message(two_ranks):
     assert "nowhere does not exist" in said[1] and said[0] == f"in process 1: {said[1]}"
 
 
+def test_other_options_of_one_rank_end_both(two_ranks):
+    """Another seed or rate used to train on silently, another number of steps to hang."""
+    for rank in (0, 1):
+        said = (two_ranks / f"other-{rank}.txt").read_text()
+        assert "processes 0 and 1 were started with different options (seed: 0 and 1)" in said
+
+
 def test_checkpoints_draw_the_same_in_a_new_process(two_ranks, tmp_path):
     here = [draw(two_ranks / "runs" / name, tmp_path) for name in DRAWN]
     for name, images in zip(DRAWN, here, strict=True):

@@ -279,7 +279,7 @@ def test_numbers_that_are_not_finite_are_named(tmp_path, weights, number):
 
 def test_unpublished_shape_needs_a_config(tmp_path, weights):
     torch.save({"model": weights}, tmp_path / "gpt.pt")
-    with pytest.raises(ValueError, match=r"width 32 with 2 layers.*pass config="):
+    with pytest.raises(ValueError, match=r"width 32 with 2 layers.*give a folder .* config.json"):
         LlamaGen.load(tmp_path / "gpt.pt")
 
 

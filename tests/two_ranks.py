@@ -61,6 +61,7 @@ def main(root: Path) -> None:
 
     full_disk(root)
     missing_data(root)
+    other_options(root)
     with suppress(KeyboardInterrupt), before_step(1, stop):
         train(tiny_run(root, "ranks-stopped", steps=1000))
 
@@ -90,6 +91,15 @@ def missing_data(root: Path) -> None:
         train(tiny_run(root, "ranks-missing", steps=1, **own))
     except UserError as error:
         (root / f"missing-{rank}.txt").write_text(str(error))
+
+
+def other_options(root: Path) -> None:
+    """The second process, as if its machine's command had been edited, has another seed."""
+    rank = os.environ["RANK"]
+    try:
+        train(tiny_run(root, "ranks-other", steps=1, seed=int(rank)))
+    except UserError as error:
+        (root / f"other-{rank}.txt").write_text(str(error))
 
 
 def odd_sizes(root: Path, stage: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from t2i.errors import UserError, choose_one
@@ -77,8 +78,16 @@ def _import_class(path: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def module_if_any(family: str, part: str) -> str | None:
+    """A part of a family that not all have ("recipes", "rehearsal"): its module, or None."""
+    name = f"t2i.models.{family}.{family}_{part}"
+    return name if find_spec(name) else None
+
+
 def find_family(name: str) -> Family:
     """The family with this name; UserError if there is none."""
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"unknown backbone family {name!r}; {choose_one(name, FAMILIES)}")
-    return import_module(f"t2i.models.{name}").FAMILY
+    family: Family = import_module(f"t2i.models.{name}").FAMILY
+    assert family.name == name, f"the folder t2i/models/{name} calls its family {family.name}"
+    return family

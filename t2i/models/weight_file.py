@@ -81,6 +81,11 @@ GIVE_GRID = (
     "config=(height, width); to a program --base.grid HEIGHT WIDTH, to training --backbone.grid"
 )
 """Advice for error messages where only the grid is missing."""
+GIVE_SHAPE = (
+    "a folder of weights and a config.json that gives the shape (docs/add_a_backbone.md), in "
+    "Python also the family's config="
+)
+"""Advice for error messages about weights of a size that nobody published."""
 
 
 def published_size(sizes: dict[str, dict], **known) -> str:

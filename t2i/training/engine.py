@@ -20,7 +20,7 @@ from t2i import launcher
 from t2i.errors import UserError
 from t2i.files import read_json
 from t2i.loading import find_gpu
-from t2i.processes import Processes, local_gpu
+from t2i.processes import Processes, joining, local_gpu
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.speed import compiler_lacks
 from t2i.training.batches import Batch
@@ -45,9 +45,10 @@ def start_processes() -> Processes:
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     device = local_gpu() if cuda else torch.device("cpu")
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False
-        )
+        with joining():
+            deepspeed.init_distributed(
+                dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False
+            )
     launcher.watch_launcher()
     return Processes(dist.get_rank(), dist.get_world_size(), device)
 

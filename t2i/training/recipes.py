@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from t2i import cli, launcher
 from t2i.errors import UserError, choose_one
 from t2i.fields import from_json
-from t2i.models.families import FAMILIES
+from t2i.models.families import FAMILIES, module_if_any
 from t2i.tensorar import presets
 from t2i.training.config import (
     BackboneOptions,
@@ -144,8 +143,7 @@ def recipes_for(data: type[DataOptions] | type[LabelledOptions]) -> Recipes:
     """The recipes of all families that train on such data."""
     found: Recipes = {}
     for family in FAMILIES:
-        module = f"t2i.models.{family}.{family}_recipes"
-        if find_spec(module) is not None:  # a family may have none
+        if module := module_if_any(family, "recipes"):
             found |= import_module(module).recipes()
     return {name: recipe for name, recipe in found.items() if isinstance(recipe[1].data, data)}
 

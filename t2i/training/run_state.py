@@ -32,7 +32,13 @@ from t2i.training.batches import TrainingData
 from t2i.training.config import METRICS, TrainConfig
 from t2i.training.engine import whole_weights
 from t2i.training.run_plan import least_held_out
-from t2i.training.settings import check_settings, plain, state_facts, warn_of_rounding
+from t2i.training.settings import (
+    check_settings,
+    plain,
+    refuse_different,
+    state_facts,
+    warn_of_rounding,
+)
 from t2i.training.state import StoredState, write_state
 
 log = logging.getLogger(__name__)
@@ -227,6 +233,7 @@ def owned(config: TrainConfig, processes: Processes) -> Iterator[None]:
             for folder in (config.run_dir / BEST, *saved):
                 settle_folder(folder)
 
+        refuse_different(config, processes)
         processes.on_main(take)
         yield
 

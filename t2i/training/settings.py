@@ -5,12 +5,14 @@ A change of any other option would make it a different run, and is refused.
 
 import json
 import logging
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 from t2i import __version__
-from t2i.errors import UserError
+from t2i.errors import UserError, shorten
 from t2i.fields import leaves
+from t2i.processes import Processes
 from t2i.training.config import TrainConfig
 from t2i.training.engine import deepspeed_config
 
@@ -47,6 +49,39 @@ def settings_of(config: TrainConfig, caller: str) -> TrainConfig:
             f"{caller}(t2i.recipe('shapes-control', {{'steps': 20}}))"
         )
     return config
+
+
+_OWN_PLACES = ("run_dir", "data.cache_dir")
+"""Options that may be other paths on other machines, also before anything is there."""
+
+
+def refuse_different(config: TrainConfig, processes: Processes) -> None:
+    """UserError if the processes were started with different options, as happens when the command
+    is edited on one of several machines. Paths may differ. All processes must call it.
+    """
+    everywhere = processes.gather(
+        {
+            name: value
+            for name, value in leaves(plain(config)).items()
+            if name not in _OWN_PLACES and not any(map(_is_place, _listed(value)))
+        }
+    )
+    first = everywhere[0]
+    for rank, found in enumerate(everywhere):
+        told = [f"{k}: {first[k]} and {v}" for k, v in found.items() if first.get(k, v) != v]
+        if told:
+            raise UserError(
+                f"processes 0 and {rank} were started with different options ({shorten(told)}); "
+                "give the same command on all machines"
+            )
+
+
+def _listed(value: object) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_place(value: object) -> bool:
+    return isinstance(value, str) and os.path.exists(value)
 
 
 def plain(config: TrainConfig) -> dict:

@@ -166,10 +166,13 @@ def _open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) -
         source.remarks += _other_tables(folder, files, METADATA)
         return source
     if not images:
-        others = [
-            path for path in files if path.suffix.lower() in UNREAD_SUFFIXES | PACKED_SUFFIXES
-        ]
-        hint = f"; unpack or convert files such as {name_in(folder, others[0])}" if others else ""
+        convertible = UNREAD_SUFFIXES | PACKED_SUFFIXES | {".arrow"}
+        others = [path for path in files if path.suffix.lower() in convertible]
+        hint = ""
+        if others:
+            hint = f"; unpack or convert files such as {name_in(folder, others[0])}"
+        elif tables := list(filter(looks_like_metadata, files)):
+            hint = f"; {name_in(folder, tables[0])} is not read. {METADATA_ADVICE}"
         names = Counter(path.parent for path in files if path.name in _SAVED)
         if parts := [parent for parent, count in names.items() if count == len(_SAVED)]:
             saved = next((path for path in parts if path.name == "train"), parts[0])
@@ -284,7 +287,7 @@ class SidecarFolder(Source):
         texts = [path for path in files if path.suffix.lower() in _TEXTS and path not in strange]
         beside = [path for path in texts if path.with_suffix("") in stems]
         if not any(self._texts.values()):
-            lookalikes = [path.name for path in files if _looks_like_metadata(path)][:5]
+            lookalikes = [path.name for path in files if looks_like_metadata(path)][:5]
             hint = f". Is one of these the metadata: {', '.join(lookalikes)}?" if lookalikes else ""
             if beside:
                 hint = f". {_not_read(folder, beside[0])}"
@@ -374,7 +377,7 @@ def _not_read(folder: Path, path: Path) -> str:
 
 def _other_tables(folder: Path, files: Sequence[Path], where: str) -> Iterable[str]:
     """A remark on files, besides the one that is read, that may hold captions of many images."""
-    others = [path for path in files if path.name != METADATA and _looks_like_metadata(path)]
+    others = [path for path in files if path.name != METADATA and looks_like_metadata(path)]
     if names := [name_in(folder, path) for path in others if _TABLE.search(path.stem)]:
         verb = "is" if len(names) == 1 else "are"
         yield f"{shorten(names, most=3)} {verb} not read: captions are in {where}"
@@ -384,5 +387,6 @@ def _is_caption_file(path: Path) -> bool:
     return path.suffix.lower() in CAPTION_SUFFIXES
 
 
-def _looks_like_metadata(path: Path) -> bool:
+def looks_like_metadata(path: Path) -> bool:
+    """Whether this may be a table of images and captions that has another name or format."""
     return path.suffix.lower() in _MISNAMED_SUFFIXES

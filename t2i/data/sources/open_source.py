@@ -22,7 +22,14 @@ from pathlib import Path
 from t2i.data.captioned import CaptionedImages
 from t2i.data.content import name_in, printable
 from t2i.data.samples import PACKED_SUFFIXES, Source
-from t2i.data.sources.folders import METADATA, METADATA_ADVICE, is_image, open_folder, walk
+from t2i.data.sources.folders import (
+    METADATA,
+    METADATA_ADVICE,
+    is_image,
+    looks_like_metadata,
+    open_folder,
+    walk,
+)
 from t2i.data.sources.splits import (
     folders_of,
     mentions_split,
@@ -104,7 +111,7 @@ def _open_files(found: _Found, wanted: CaptionedImages) -> Source:
     if not root.is_dir():
         suffix = root.suffix.lower()
         packed = ". Unpack it first" if suffix in PACKED_SUFFIXES else ""
-        packed += f". {METADATA_ADVICE}" if suffix in (".csv", ".tsv") else ""
+        packed += f". {METADATA_ADVICE}" if looks_like_metadata(root) else ""
         raise UserError(
             f"{wanted.source}: neither .parquet nor .tar{packed}. Give the folder that holds the images"
         )

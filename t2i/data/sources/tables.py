@@ -35,6 +35,7 @@ from t2i.lfs import refuse_pointers
 from t2i.published import file_status, hub_is_away
 
 NOT_UTF8 = b"\xff"
+_LONGEST_PATH = 4096  # of Linux; no image fits into so few letters
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 
 
@@ -149,11 +150,7 @@ class _Rows(Source):
             candidates = [*_IMAGE_COLUMNS]
         image = choose_column(first, wanted.image_column, candidates, "image", name)
         caption = _choose_caption(name, first, wanted.caption_column, image)
-        if isinstance(first[image], str) and first[image].startswith(("http://", "https://")):
-            raise UserError(
-                f"{name}: column {image!r} holds web addresses. Download the images first; "
-                "img2dataset writes tars that can be read here"
-            )
+        _refuse_other_than_images(first[image], f"{name}: column {image!r}")
         needed = {image, caption, caption.partition(".")[0], "__key__", "__url__"}
         self._data = data.select_columns([column for column in first if column in needed])
         self._image, self._caption, self._folder, self._paths = image, caption, folder, paths
@@ -229,6 +226,27 @@ class StreamSource(_Rows):
 
 def _kind(wanted: CaptionedImages) -> type[_Rows]:
     return StreamSource if wanted.streaming else TableSource
+
+
+def _refuse_other_than_images(first: object, where: str) -> None:
+    """UserError if a column whose first value this is does not hold images or names of images."""
+    if not isinstance(first, bytes | str | dict | None):
+        raise UserError(
+            f"{where} holds values such as {first!r:.60}: give each image as the bytes of its file "
+            "(of the datasets library: datasets.Image()), or as its path"
+        )
+    if not isinstance(first, str):
+        return
+    if first.startswith(("http://", "https://")):
+        raise UserError(
+            f"{where} holds web addresses. Download the images first; img2dataset writes tars that "
+            "can be read here"
+        )
+    if len(first) > _LONGEST_PATH:
+        raise UserError(
+            f"{where} holds texts such as {first!r:.60}, too long for a path. If they are images in "
+            "base64, store their bytes instead (base64.b64decode)"
+        )
 
 
 def _choose_caption(name: str, first: dict[str, Any], given: str | None, image: str) -> str:

@@ -173,7 +173,14 @@ def read_statistics(
             f"{path}: {mean} is {list(mean_D.shape)} and {covariance} is {list(covariance_DD.shape)}; "
             "expected [D] and [D, D]"
         )
-    return Statistics(mean_D, covariance_DD.double())
+    covariance_DD = covariance_DD.double()
+    skew = (covariance_DD - covariance_DD.T).abs().max()
+    if skew > 1e-3 * covariance_DD.abs().max() or covariance_DD.diagonal().min() < 0:
+        raise UserError(
+            f"{path}: {covariance} is no covariance: it must be symmetric, and not negative on its "
+            "diagonal"
+        )
+    return Statistics(mean_D, covariance_DD)
 
 
 # -- scores ----------------------------------------------------------------------------------------

@@ -135,6 +135,8 @@ def npz_arrays(path: Path) -> set[str]:
 
 def read_npz_array(path: Path, name: str) -> np.ndarray:
     """One array of an .npz file; refuses pickled objects and arrays that unpack to gigabytes."""
+    if name not in (names := npz_arrays(path)):
+        raise UserError(f"{path} has no {name}; it holds {', '.join(sorted(names))}")
     try:
         with zipfile.ZipFile(path) as archive:
             if (size := archive.getinfo(f"{name}.npy").file_size) > _LARGEST_ARRAY:
@@ -157,7 +159,10 @@ def _read_image(path: Path) -> np.ndarray:
 @contextmanager
 def _open_images(path: Path) -> Iterator[IO[bytes]]:
     if "arr_0" not in (names := npz_arrays(path)):
-        raise UserError(f"{path} has no arr_0; it holds {', '.join(sorted(names))}")
+        raise UserError(
+            f"{path} has no arr_0 (images; a reference may have mu and sigma instead); it holds "
+            f"{', '.join(sorted(names))}"
+        )
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             yield file

@@ -29,7 +29,7 @@ from t2i.models.blocks import (
 from t2i.models.conditions import CaptionFeatures, Condition, left_pad
 from t2i.models.llamagen.captions import caption_losses, clean_caption
 from t2i.models.tokenizers.vq import VQTokenizer
-from t2i.models.weight_file import GIVE_GRID, WeightFileBackbone, published_size
+from t2i.models.weight_file import GIVE_GRID, GIVE_SHAPE, WeightFileBackbone, published_size
 from t2i.sampling import SamplingConfig
 from t2i.weights import count_children, reading_shape
 
@@ -159,7 +159,7 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
             raise UserError(
                 f"a GPT of width {dim} with {layers} layers named {stem!r} is not a published "
                 f"LlamaGen file: its {'grid' if size else 'head count'} is not in the "
-                "weights; pass config=LlamaGenConfig(...)" + (f" or {GIVE_GRID}" if size else "")
+                f"weights; give {GIVE_GRID if size else GIVE_SHAPE}"
             )
         config = LlamaGenConfig(**SIZES[size], grid=grid, vocab_size=vocab, ffn_dim=ffn_dim)
         if caption is None:

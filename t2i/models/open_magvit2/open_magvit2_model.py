@@ -35,7 +35,7 @@ from t2i.models.blocks import (
 )
 from t2i.models.conditions import Condition
 from t2i.models.tokenizers.lfq import LFQTokenizer, signs, tokenizer_part
-from t2i.models.weight_file import WeightFileBackbone, published_size
+from t2i.models.weight_file import GIVE_SHAPE, WeightFileBackbone, published_size
 from t2i.sampling import SamplingConfig
 from t2i.weights import count_children, load_strict, reading_shape
 
@@ -127,7 +127,7 @@ class OpenMAGVIT2(WeightFileBackbone, LlamaBackbone):
         if not size:
             raise UserError(
                 f"an Open-MAGVIT2 generator of width {dim} with {layers} layers is not a published "
-                "size, and its head count is not in the weights; pass config=OpenMAGVIT2Config(...)"
+                f"size, and its head count is not in the weights; give {GIVE_SHAPE}"
             )
         return OpenMAGVIT2Config(
             **SIZES[size],
