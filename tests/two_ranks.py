@@ -94,10 +94,12 @@ def missing_data(root: Path) -> None:
 
 
 def other_options(root: Path) -> None:
-    """The second process, as if its machine's command had been edited, has another seed."""
-    rank = os.environ["RANK"]
+    """The second process, as if its machine's command had been edited, has another seed. A prompt
+    is longer than any path.
+    """
+    rank, prompts = os.environ["RANK"], ("a red circle " * 30,)
     try:
-        train(tiny_run(root, "ranks-other", steps=1, seed=int(rank)))
+        train(tiny_run(root, "ranks-other", steps=1, seed=int(rank), log__prompts=prompts))
     except UserError as error:
         (root / f"other-{rank}.txt").write_text(str(error))
 
