@@ -183,7 +183,7 @@ def stop_signals() -> list[signal.Signals]:
 
 @contextmanager
 def handling(
-    numbers: Iterable[signal.Signals], handler: Callable[[int, object], None]
+    numbers: Iterable[signal.Signals], handler: Callable[[int, object], None] | signal.Handlers
 ) -> Iterator[None]:
     """Handle these signals with `handler` within the block. Does nothing outside the main thread,
     where Python allows no handlers.
@@ -197,6 +197,15 @@ def handling(
     finally:
         for number, earlier in previous.items():
             signal.signal(number, earlier)
+
+
+@contextmanager
+def joining() -> Iterator[None]:
+    """A block that waits for other processes to join: Ctrl-C, SIGTERM and a closed terminal end
+    this one at once. Python's handlers do not run while torch waits, which can take forever.
+    """
+    with handling((signal.SIGINT, *stop_signals()), signal.SIG_DFL):
+        yield
 
 
 # -- when the launcher ends ------------------------------------------------------------------------

@@ -149,7 +149,8 @@ def join_processes(device: torch.device) -> Processes:
     if not dist.is_initialized():
         if not launcher.is_one_of_several():
             return Processes(device=device)
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        with launcher.joining():
+            dist.init_process_group("gloo", timeout=timedelta(days=30))
         launcher.watch_launcher()
     if device.type == "cuda" and device.index is None:
         device = local_gpu()

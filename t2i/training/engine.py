@@ -44,9 +44,10 @@ def start_processes() -> Processes:
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     device = local_gpu() if cuda else torch.device("cpu")
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False
-        )
+        with launcher.joining():
+            deepspeed.init_distributed(
+                dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False
+            )
     launcher.watch_launcher()
     return Processes(dist.get_rank(), dist.get_world_size(), device)
 
