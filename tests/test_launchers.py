@@ -4,23 +4,20 @@ launcher loses no step.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 
 import pytest
 import torch
-from forks import fork, free_port
+from forks import free_port
 from programs import ROOT
 from runs import metrics, plain_options
 
 from launch.lab.soak_processes import processes_of
-from t2i import checkpoint_folders, cli, launcher
+from t2i import checkpoint_folders, launcher
 from t2i.errors import UserError
 from t2i.processes import ALONE, join_processes
-from t2i.training.engine import start_processes
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -232,27 +229,28 @@ def test_a_frozen_process_ends_the_others(frozen):
     assert f"process {frozen} has given no sign of life for 2 seconds" in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("join", [lambda: join_processes(torch.device("cpu")), start_processes])
-def test_a_process_that_waits_for_others_can_be_stopped(join, number):
+def test_a_process_that_waits_for_others_can_be_stopped():
     """Torch waits where no handler of Python's runs: only kill -9 used to end it."""
-    port = free_port()
-    job = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
-    waiting = fork(lambda: cli.run(join), job | {"MASTER_PORT": port})
-    try:
-        wait_for(lambda: is_listening(port), 60)
-        os.kill(waiting, number)
-        ended = []
-        wait_for(lambda: ended.append(os.waitpid(waiting, os.WNOHANG)) or any(ended[-1]), 20)
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(waiting, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(ended[-1][1]) == -number
-
-
-def is_listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+    code = """if True:
+        import os, signal, socket, time, torch
+        from forks import exit_codes, fork, free_port
+        from t2i import cli
+        from t2i.processes import join_processes
+        from t2i.training.engine import start_processes
+        def ended_by(number, join):
+            port = free_port()
+            job = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+            limited = lambda: (signal.alarm(60), cli.run(join))
+            waiting = fork(limited, job | {"MASTER_PORT": port})
+            while socket.socket().connect_ex(("127.0.0.1", port)):
+                time.sleep(0.1)
+            os.kill(waiting, number)
+            return exit_codes([waiting]) == [-number]
+        assert ended_by(signal.SIGTERM, lambda: join_processes(torch.device("cpu")))
+        assert ended_by(signal.SIGINT, start_processes)"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    alone = environment() | {"PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", code], env=alone, timeout=240, check=True)
 
 
 def test_srun_tasks_join(tmp_path):
