@@ -84,6 +84,7 @@ class ReviewConfig(DrawingModelOptions):
         from t2i.checkpoint import stored_source
         from t2i.checkpoint_folders import is_checkpoint, read_config
 
+        trained.check()
         if trained.checkpoint is None:
             raise UserError(
                 f"{self.ckpt} is itself a base: --with-base needs a --ckpt that was trained from one"

@@ -184,7 +184,7 @@ def stop_signals() -> list[signal.Signals]:
 
 @contextmanager
 def handling(
-    numbers: Iterable[signal.Signals], handler: Callable[[int, object], None]
+    numbers: Iterable[signal.Signals], handler: Callable[[int, object], None] | signal.Handlers
 ) -> Iterator[None]:
     """Handle these signals with `handler` within the block. Does nothing outside the main thread,
     where Python allows no handlers.

@@ -1,6 +1,7 @@
 """This process and the others that a launcher (torchrun, deepspeed, srun, mpirun) started."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -160,9 +161,15 @@ def join_processes(device: torch.device) -> Processes:
 
 @contextmanager
 def joining() -> Iterator[None]:
-    """UserError if the processes do not find each other in this block: the port is taken, say."""
+    """A block that waits for other processes to join. Ctrl-C, SIGTERM and a closed terminal end
+    this one at once: Python's handlers do not run while torch waits, which can take forever.
+
+    Raises:
+        UserError: the processes cannot meet: the port is taken, say.
+    """
     try:
-        yield
+        with launcher.handling((signal.SIGINT, *launcher.stop_signals()), signal.SIG_DFL):
+            yield
     except dist.DistNetworkError as error:
         place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise UserError(

@@ -245,6 +245,30 @@ def test_a_port_that_another_run_uses(monkeypatch):
             start_processes()
 
 
+def test_a_process_that_waits_for_others_can_be_stopped():
+    """Torch waits where no handler of Python's runs: only kill -9 used to end it."""
+    code = """if True:
+        import os, signal, socket, time, torch
+        from forks import exit_codes, fork, free_port
+        from t2i import cli
+        from t2i.processes import join_processes
+        from t2i.training.engine import start_processes
+        def ended_by(number, join):
+            port = free_port()
+            job = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+            limited = lambda: (signal.alarm(60), cli.run(join))
+            waiting = fork(limited, job | {"MASTER_PORT": port})
+            while socket.socket().connect_ex(("127.0.0.1", port)):
+                time.sleep(0.1)
+            os.kill(waiting, number)
+            return exit_codes([waiting]) == [-number]
+        assert ended_by(signal.SIGTERM, lambda: join_processes(torch.device("cpu")))
+        assert ended_by(signal.SIGINT, start_processes)"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    alone = environment() | {"PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", code], env=alone, timeout=240, check=True)
+
+
 def test_srun_tasks_join(tmp_path):
     """Two processes that have only Slurm's variables join: one is the main process, and both learn
     of its mistakes.

@@ -299,6 +299,8 @@ def test_bad_models_are_refused(refusal):
     assert "give --ckpt, --against or --images" in refusal("--prompt", "x")
     assert "no --ckpt is given" in refusal("--with-base", "--against", "shapes", "--prompt", "x")
     assert "is itself a base" in refusal("--with-base", "--ckpt", "shapes", "--prompt", "x")
+    mistyped = refusal("--with-base", "--ckpt", "runs/gone", "--prompt", "x")
+    assert "runs/gone does not exist" in mistyped, "it was called a base"
     assert "does not exist" in refusal(
         "--ckpt", "shapes", "--against", "runs/gone", "--prompt", "x"
     )

@@ -171,9 +171,10 @@ def test_training_can_leave_the_base(backbone):
 # -- steps and causality --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("preset", ["arxiv2505", rare("iclr2026")])
 @pytest.mark.parametrize("k, stride", [(1, 1), rare(2, 1), (4, 1), rare(8, 1), *GEOMETRIES[4:]])
-def test_steps_agree_with_teacher_forcing(backbone, k, stride):
-    model = trained(backbone, "arxiv2505", k=k)
+def test_steps_agree_with_teacher_forcing(backbone, preset, k, stride):
+    model = trained(backbone, preset, k=k)
     prepared = tiny_prepared(backbone, BATCH)
     config = SamplingConfig(temperature=0.0, cfg_scale=2.0, stride=stride)
     windows = sample_windows(model, prepared, KEYS, config)
@@ -196,9 +197,10 @@ def test_steps_agree_with_teacher_forcing(backbone, k, stride):
         )
 
 
-@pytest.mark.parametrize("k, stride", GEOMETRIES[1:-1])
-def test_no_output_depends_on_later_windows(backbone, k, stride):
-    model, count = trained(backbone, k=k), -(-16 // stride)
+@pytest.mark.parametrize("preset", ["iclr2026", rare("arxiv2505")])
+@pytest.mark.parametrize("k, stride", GEOMETRIES[:-1])
+def test_no_output_depends_on_later_windows(backbone, preset, k, stride):
+    model, count = trained(backbone, preset, k=k), -(-16 // stride)
     windows = tiny_codes(backbone, BATCH, count, k)
     before = predict(model, windows, stride=stride)
     for m in (0, count // 2, count - 2):
