@@ -4,7 +4,6 @@ launcher loses no step.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,6 @@ from launch.lab.soak_processes import processes_of
 from t2i import checkpoint_folders, launcher
 from t2i.errors import UserError
 from t2i.processes import ALONE, join_processes
-from t2i.training.engine import start_processes
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -231,18 +229,28 @@ def test_a_frozen_process_ends_the_others(frozen):
     assert f"process {frozen} has given no sign of life for 2 seconds" in err
 
 
-def test_a_port_that_another_run_uses(monkeypatch):
+def test_a_port_that_another_run_uses():
     """The second `deepspeed` on a machine used to end with a traceback."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken.getsockname()[1]}
-        for name, value in (job | {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2}).items():
-            monkeypatch.setenv(name, str(value))
-        for join in (join_processes, lambda _: start_processes()):
-            with pytest.raises(UserError, match=r"cannot meet at 127.*in use.*--master_port"):
-                join(torch.device("cpu"))
-        monkeypatch.setenv("MASTER_PORT", "abc")
+    code = """if True:
+        import os, pytest, socket, torch
+        from t2i.errors import UserError
+        from t2i.processes import join_processes
+        from t2i.training.engine import start_processes
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            os.environ["MASTER_PORT"] = str(taken.getsockname()[1])
+            for join in (join_processes, lambda _: start_processes()):
+                with pytest.raises(UserError, match=r"cannot meet at 127.*in use.*--master_port"):
+                    join(torch.device("cpu"))
+        os.environ["MASTER_PORT"] = "abc"
         with pytest.raises(UserError, match=r"no process of a group.*MASTER_PORT=abc"):
-            start_processes()
+            start_processes()"""
+    job = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(**job),
+        timeout=240,
+        check=True,
+    )
 
 
 def test_a_process_that_waits_for_others_can_be_stopped():
