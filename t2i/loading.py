@@ -96,8 +96,8 @@ def _check_gpu(name: str) -> None:
     """UserError if PyTorch does not see this GPU."""
     if not torch.cuda.is_available():
         raise UserError(
-            f"device {name!r} was requested, but PyTorch found no GPU on this machine; cpu or auto "
-            f"works without one. {_why_no_gpu()}"
+            f"device {name!r} was requested, but PyTorch found no GPU on this machine: "
+            f"{_why_no_gpu()}; cpu or auto works without one"
         )
     number = torch.device(name).index or 0
     if number >= (count := torch.cuda.device_count()):
