@@ -243,6 +243,7 @@ def test_a_stored_mean_is_not_rounded(tmp_path):
         ({"mu": np.zeros(5), "sigma": np.eye(5)}, "mu has 5 features, this network has 4"),
         ({"mu": np.zeros(4), "sigma": np.eye(5)}, r"mu is \[4\] and sigma is \[5, 5\]"),
         ({"mu": np.zeros(4)}, "has no sigma; it holds mu"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"mu is \[0\] .* expected \[D\] and"),
         ({"mu": np.zeros(4), "sigma": np.tri(4)}, "sigma is no covariance: it must be symmetric"),
         ({"mu": np.zeros(4), "sigma": -np.eye(4)}, "not negative on its diagonal"),
         (

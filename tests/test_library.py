@@ -42,6 +42,7 @@ from t2i.training.config import (
     OptimOptions,
     TrainConfig,
 )
+from t2i.training.engine import start_processes
 from t2i.tuning import LoRAConfig
 
 
@@ -426,6 +427,9 @@ def test_cards_that_pytorch_cannot_use_are_pointed_out(tmp_path, monkeypatch, ca
         assert pick_device()[0].type == "cpu"
     (message,) = caplog.messages
     assert message.startswith("this machine has 1 NVIDIA card(s), but the CPU is used")
+    loading._warn_of_idle_cards.cache_clear()
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert start_processes().device.type == "cpu" and caplog.messages == [message] * 2
 
 
 # -- pictures --------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def read_statistics(
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
             raise UserError(f"{path}: {name} must hold finite numbers; its type is {array.dtype}")
     mean_D, covariance_DD = (torch.from_numpy(array).to(device) for array in arrays)
-    if mean_D.dim() != 1 or covariance_DD.shape != (len(mean_D), len(mean_D)):
+    if mean_D.dim() != 1 or not len(mean_D) or covariance_DD.shape != (len(mean_D), len(mean_D)):
         raise UserError(
             f"{path}: {mean} is {list(mean_D.shape)} and {covariance} is {list(covariance_DD.shape)}; "
             "expected [D] and [D, D]"
