@@ -12,6 +12,7 @@ from torch import Tensor
 from t2i.errors import UserError
 from t2i.models.base import Backbone
 from t2i.models.conditions import check_captions, class_ids
+from t2i.products import generates_products
 from t2i.progress import progress_bar
 from t2i.rng import make_keys
 from t2i.sampling import (
@@ -32,8 +33,9 @@ log = logging.getLogger(__name__)
 
 SPECULATION_PAYS = {"eager": 12, "compiled": 8}
 """Windows of an image drawn per call with `speculate="auto"`, by speed. Used on a CPU for single
-images of models that predict one code a step (docs/fewer_steps.md); no gain was seen elsewhere.
-It is a fixed rule, not a timing at run time, so that a command draws the same bits every time.
+images of models that predict one code a step (docs/fewer_steps.md); no gain was seen elsewhere,
+nor in compiled steps whose products torch generates. It is a fixed rule, not a timing at run time,
+so that a command draws the same bits every time.
 """
 
 _MOST_WARNINGS = 20
@@ -175,7 +177,8 @@ def choose_run(
     if asked != "auto":
         most = 0 if asked == "off" else min(asked, windows)  # room is made for all of them
         return speed, most if most > 1 else 0
-    pays = device.type == "cpu" and model.windows.size == 1 and images == 1
+    fast_alone = speed == "compiled" and generates_products()
+    pays = device.type == "cpu" and model.windows.size == 1 and images == 1 and not fast_alone
     return speed, SPECULATION_PAYS[speed] if pays else 0
 
 

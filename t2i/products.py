@@ -1,15 +1,19 @@
-"""Matrix products in fp32 on AMD processors.
+"""Matrix products in fp32 on AMD processors, where Intel's MKL, which torch uses, is slow.
 
-On a CPU, torch uses Intel's MKL for them, which uses only half the register width of AMD's
-processors. oneDNN, which torch also ships, uses the full width, and torch passes it fp32 products
-once they *may* be rounded to bf16. oneDNN rounds only on processors with matrix units for bf16
-(Intel's AMX); test products confirm that it does not round here.
+With AVX-512, MKL uses only half the register width of these processors. oneDNN, which torch also
+ships, uses the full width, and torch passes it fp32 products once they *may* be rounded to bf16.
+oneDNN rounds only on processors with matrix units for bf16 (Intel's AMX); test products confirm
+that it does not round here.
+
+Without AVX-512, MKL is fast for large products, but reads the packed weights of compiled steps at
+half the memory's speed. There the code that torch generates for products replaces it.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,12 +59,72 @@ def prefers_products(device: torch.device) -> bool:
 
 @cache
 def _pays() -> bool:
-    info = Path("/proc/cpuinfo")  # torch does not report the vendor
-    if not info.is_file() or "AuthenticAMD" not in info.read_text():
-        return False
     if not hasattr(torch.backends.mkldnn, "matmul"):  # before torch 2.9: no switch
         return False
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and _as_exact()
+    return _amd_registers() == "AVX512" and _as_exact()
+
+
+@cache
+def _amd_registers() -> str:
+    """The widest registers that torch uses on an AMD processor (AVX2, AVX512); "" on others."""
+    info = Path("/proc/cpuinfo")  # torch does not report the vendor
+    if not info.is_file() or "AuthenticAMD" not in info.read_text():
+        return ""
+    return torch.backends.cpu.get_cpu_capability()
+
+
+@cache
+def generates_products() -> bool:
+    """Whether torch generates the code of compiled steps' products on this CPU: twice as fast for a
+    few rows as MKL there (docs/performance.md).
+    """
+    return _amd_registers() == "AVX2" and hasattr(select_algorithm(), "add_preprocessing_fn")
+
+
+@contextmanager
+def generated_products() -> Iterator[None]:
+    """Within it, torch generates the code of the products that it compiles, where that pays."""
+    if not generates_products():
+        yield
+        return
+    global _generate
+    _prefer_generated()
+    before, _generate = _generate, True
+    try:
+        with select_algorithm().config.patch(
+            {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,CPP"}
+        ):
+            yield
+    finally:
+        _generate = before
+
+
+def select_algorithm() -> Any:
+    """The part of torch that chooses the code of a compiled product; takes a second to import."""
+    from torch._inductor import select_algorithm as found
+
+    return found
+
+
+_generate = False
+"""True within `generated_products`."""
+
+
+@cache
+def _prefer_generated() -> None:
+    """Make torch take the first of these choices instead of timing them all, as it then would not
+    always choose the same. Its batched products are left out: some are wrong (torch 2.14).
+    """
+
+    def choose(choices: list) -> list:
+        if not _generate:
+            return choices
+        library = [choice for choice in choices if not choice.name.startswith("cpp_")]
+        own = [choice for choice in choices if choice.name.startswith("cpp_")]
+        batched = any("bmm" in choice.name for choice in library)
+        return (library if batched else own)[:1] or choices
+
+    select_algorithm().add_preprocessing_fn(choose)
 
 
 @contextmanager

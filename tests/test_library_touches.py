@@ -19,6 +19,8 @@ import pytest
 import torch
 from torch import nn
 
+from t2i import products
+
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("t2i", "geneval", "dpg_bench", "launch")
 
@@ -187,6 +189,15 @@ def freezing(_) -> None:
     mark_dynamic(torch.empty(3, 0), 0)
 
 
+def generated_products(_) -> None:
+    """Only that the names exist; test_speed.py compiles steps with them."""
+    if not hasattr(chooser := products.select_algorithm(), "add_preprocessing_fn"):
+        pytest.skip("this torch has no such function, and MKL's products are used")
+    assert isinstance(chooser.get_algorithm_selector_cache().preprocessing_fns, list)
+    with chooser.config.patch({"max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP"}):
+        assert chooser.config.max_autotune_gemm
+
+
 def guard_filter(_) -> None:
     found = []
     options = {"guard_filter_fn": lambda guards: found.extend(guards) or [False for _ in guards]}
@@ -338,6 +349,13 @@ TOUCHES = (
         "t2i/products.py: fp32_precision",
         "it makes torch use oneDNN for fp32 products, which is twice as fast on AMD processors",
         fp32_precision,
+    ),
+    Touch(
+        "torch",
+        "inductor's choice of a product's code: `add_preprocessing_fn`, names of choices, two settings",
+        "t2i/products.py: torch._inductor",
+        "on AMD processors without AVX-512, generated code is twice as fast for products of a few rows",
+        generated_products,
     ),
     Touch(
         "datasets",

@@ -220,15 +220,18 @@ def test_settings():
 # -- how many windows a call draws ----------------------------------------------------------------
 
 
-def test_auto_depends_on_the_request_only():
-    """The same request gets the same answer, whatever else the machine is doing."""
+def test_auto_depends_on_the_request_only(monkeypatch):
+    """The same request gets the same answer on a machine, whatever else that is doing."""
     model = TensorAR(tiny_llamagen("class"), presets.base()).eval()
 
     def chosen(images, model=model, **options):
         return choose_run(model, DrawOptions(**{"speculate": "auto"} | options), 1, images)
 
     assert [chosen(n)[1] for n in (1, 2, 4, 64)] == [12, 0, 0, 0]
-    assert [chosen(n, speed="compiled")[1] for n in (1, 2, 64)] == [8, 0, 0]
+    for generated, ahead in ((False, 8), (True, 0)):
+        monkeypatch.setattr(generation, "generates_products", lambda known=generated: known)
+        assert [chosen(n, speed="compiled")[1] for n in (1, 2, 64)] == [ahead, 0, 0]
+        assert [chosen(n)[1] for n in (1, 2)] == [12, 0]
     assert chosen(2, speed="compiled", sampling=SamplingConfig(renoise=0.5)) == ("compiled", 0)
     assert chosen(1, speculate="off") == ("eager", 0) and chosen(64, speculate=3)[1] == 3
     assert chosen(1, speculate=10**12)[1] == 16, "capped at the image's 16 windows"

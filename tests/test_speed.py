@@ -11,10 +11,11 @@ import pytest
 import torch
 from helpers import BACKBONES, Killed, open_gates, rare, tiny_llamagen, tiny_prepared
 from PIL import Image
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from t2i import generation
+from t2i import generation, products
 from t2i.errors import UserError
 from t2i.evaluation import draw as draw_module
 from t2i.generation import all_jobs
@@ -253,19 +254,23 @@ def test_attention_compiles_with_a_varying_number_of_heads():
 @pytest.mark.slow
 @pytest.mark.skipif(bool(speed.compiler_lacks(torch.device("cpu"))), reason="no C++ compiler")
 @pytest.mark.parametrize(
-    ("settings", "speculate"),
+    ("settings", "speculate", "generated"),
     [
-        ({}, 0),
-        ({}, 4),
-        ({"stride": 2}, 3),
-        ({"top_k": 0, "top_p": 1.0}, 0),
-        ({"renoise": 0.7}, 0),
+        ({}, 0, False),
+        ({}, 0, True),
+        ({}, 4, False),
+        ({"stride": 2}, 3, True),
+        ({"top_k": 0, "top_p": 1.0}, 0, False),
+        ({"renoise": 0.7}, 0, True),
     ],
 )
-def test_compiled_steps_draw_the_same(settings, speculate, monkeypatch):
+def test_compiled_steps_draw_the_same(settings, speculate, generated, monkeypatch):
     """One compilation serves all cache lengths and further batches. Weights that were changed in
-    place through `.data`, unseen by autograd, take effect.
+    place through `.data`, unseen by autograd, take effect. torch generates the products' code only
+    where it is asked to.
     """
+    monkeypatch.setattr(products, "generates_products", lambda: generated)
+    counters["inductor"].clear()
     monkeypatch.setattr(KVCache, "BUCKET_ON_A_CPU", 8)
     model, config = small(tiny_llamagen("text")), replace(GUIDED, **settings)
     expected = [draw(model, config, seed=seed, speed="eager") for seed in (0, 1)]
@@ -290,6 +295,7 @@ def test_compiled_steps_draw_the_same(settings, speculate, monkeypatch):
     third = draw(model, config, **options)
     assert all(map(torch.equal, (first, second, third), expected))
     assert not torch.equal(expected[0], expected[2])
+    assert (counters["inductor"]["cpp_templated_kernel_counter"] > 0) == generated
 
 
 def test_auto(monkeypatch):

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from t2i.errors import UserError
-from t2i.products import fast_products
+from t2i.products import fast_products, generated_products
 from t2i.sampling import Speculate, Speed, check_speculate
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _frozen(step: Callable[..., None]) -> Callable[..., None]:
         span = torch.empty(extent, 0)  # each value of a plain number would be compiled separately
         mark_dynamic(span, 0)
         frozen = config.patch({"freezing": True, "cpp.enable_concat_linear": True})
-        with frozen, compiling.pop() if compiling else nullcontext():
+        with frozen, generated_products(), compiling.pop() if compiling else nullcontext():
             fused(model, drawing, span)
 
     return run
