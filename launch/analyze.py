@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from t2i import cli
+from t2i import cli, launcher
 from t2i.errors import UserError
 from t2i.files import owning, remove_leftovers
 from t2i.model_options import BaseOptions, DrawingModelOptions
@@ -100,6 +100,7 @@ class AnalyzeConfig(DrawingModelOptions):
 
 def main() -> None:
     config = cli.parse(AnalyzeConfig, __doc__, main=_MAIN)
+    launcher.refuse_several()
     options = config.models()
     wheres = {who: own.check() for who, own in options.items()}
     from t2i.evaluation.evidence_page import write_evidence

@@ -13,7 +13,7 @@ from pathlib import Path
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from t2i import cli
+from t2i import cli, launcher
 from t2i.errors import UserError
 from t2i.model_options import ExportOptions
 
@@ -39,6 +39,7 @@ class ExportProgram(ExportOptions):
 
 def main() -> None:
     config = cli.parse(ExportProgram, __doc__, main=_MAIN)
+    launcher.refuse_several()
     from t2i.export_folder import export, is_exported, prepare_upload, push_to_hub
 
     repo = config.push_to_hub

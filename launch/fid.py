@@ -13,7 +13,7 @@ from pathlib import Path
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from t2i import cli
+from t2i import cli, launcher
 from t2i.sampling import check_counts
 
 
@@ -42,6 +42,7 @@ class FidConfig:
 
 def main() -> None:
     config = cli.parse(FidConfig, __doc__)
+    launcher.refuse_several()
     from t2i.evaluation.fid.fid_score import check_inputs, refuse_other_scores, score_images, table
     from t2i.evaluation.fid.inception import load_inception
     from t2i.files import writable_file, writable_folder, write_json

@@ -20,7 +20,7 @@ from pathlib import Path
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from t2i import cli
+from t2i import cli, launcher
 from t2i.model_options import DrawingModelOptions
 from t2i.sampling import check_counts
 
@@ -54,6 +54,7 @@ class GenerateConfig(DrawingModelOptions):
 
 def main() -> None:
     config = cli.parse(GenerateConfig, __doc__, main=_MAIN)
+    launcher.refuse_several()
     from t2i.evaluation.generation_folder import write_sheets
     from t2i.evaluation.prompt_files import read_prompts
     from t2i.files import owning, remove_leftovers, writable_folder

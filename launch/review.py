@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run from a clone, without installation
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from t2i import cli
+from t2i import cli, launcher
 from t2i.errors import UserError
 from t2i.files import json_sha256, owning, remove_leftovers
 from t2i.model_options import BaseOptions, DrawingModelOptions
@@ -104,6 +104,7 @@ class ReviewConfig(DrawingModelOptions):
 
 def main() -> None:
     config = cli.parse(ReviewConfig, __doc__, main=_MAIN)
+    launcher.refuse_several()
     models = list(config.models())
     wheres = [model.check() for model in models]
     from t2i.evaluation.draw import check_prompts

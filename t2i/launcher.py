@@ -76,6 +76,18 @@ def is_one_of_several() -> bool:
     return world_size() > 1 and "RANK" in os.environ  # WORLD_SIZE alone is left over in the shell
 
 
+def refuse_several() -> None:
+    """For a program that works as one process: UserError in all processes but the first, if a
+    launcher started several, which would do the same work in the same place.
+    """
+    if not is_main_process():
+        raise UserError(
+            f"this program works as one process, but a launcher started WORLD_SIZE="
+            f"{os.environ['WORLD_SIZE']}, and this one has RANK={os.environ['RANK']}: start it "
+            "with python alone (without a launcher, unset both variables)"
+        )
+
+
 def adopt_launcher() -> None:
     """Set torchrun's variables in a process that srun or mpirun started as one of several."""
     if "RANK" in os.environ:

@@ -137,6 +137,26 @@ def test_an_export_remembers_its_original_base(tmp_path):
     assert is_shapes_world(BenchmarkOptions(ckpt=str(tmp_path / "second")))
 
 
+@pytest.mark.parametrize("family", ["llamagen", "rar"])
+def test_an_export_is_trained_further_by_a_published_recipe(family, tmp_path):
+    """Its tokenizer and text encoder were fetched from the hub, by the names in the recipe, and
+    then refused: an export holds them in another format.
+    """
+    backbone, _ = of_family(family, tmp_path / "source")
+    model = t2i.attach(backbone, t2i.presets.base())
+    named = {"tokenizer": "owner/repo:vq.pt"}
+    if family == "llamagen":
+        named["text_encoder"] = "google/flan-t5-xl"
+    options = BackboneOptions(family=family, **named)
+    run = t2i.save_pretrained(model, tmp_path / "run", tuning="codec")
+    out = export(ExportOptions(run, tmp_path / "out", dtype="float32"))
+    for folder in (run, out):
+        again = start_from(folder, options)
+        for name, value in backbone.tokenizer.state_dict().items():
+            assert torch.equal(again.tokenizer.state_dict()[name], value)
+        assert (again.frozen.text_encoder is not None) == (family == "llamagen")
+
+
 def test_a_text_encoder_from_the_hub_is_named_and_not_copied(tmp_path, monkeypatch):
     base = write_tiny_base(tmp_path / "base")
     encoder = shutil.move(base / "text_encoder", tmp_path / "snapshot")

@@ -14,6 +14,7 @@ from forks import free_port
 from programs import ROOT
 from runs import metrics, plain_options
 
+from launch import analyze, export, fid, generate, review
 from launch.lab.soak_processes import processes_of
 from t2i import checkpoint_folders, launcher
 from t2i.errors import UserError
@@ -347,3 +348,21 @@ def test_a_rank_without_a_size_silences_nothing(monkeypatch, rank):
     assert launcher.is_main_process()
     os.environ["WORLD_SIZE"] = "2"
     assert not launcher.is_main_process()
+
+
+@pytest.mark.parametrize("program", [analyze, export, fid, generate, review])
+def test_a_program_of_one_process_says_that_it_is(monkeypatch, program):
+    """The second process said that the first one's folder was in use, and torchrun ended both."""
+    given = {
+        analyze: "--ckpt shapes",
+        export: "--ckpt shapes --out x",
+        fid: "--samples x.npz --reference x.npz",
+        generate: "--ckpt shapes --prompt x",
+        review: "--ckpt shapes --prompt x",
+    }[program]
+    monkeypatch.setattr(sys, "argv", [program.__file__, *given.split()])
+    monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "1", "WORLD_SIZE": "2"})
+    with pytest.raises(UserError, match=r"works as one process, .* WORLD_SIZE=2, .* RANK=1"):
+        program.main()
+    os.environ["RANK"] = "0"
+    launcher.refuse_several()

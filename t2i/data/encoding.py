@@ -205,7 +205,8 @@ def refuse_changed_files(source: Source, cache_dir: Path, key: str) -> None:
 def _has_changed(source: Source, changes: str) -> UserError:
     return UserError(
         f"cannot resume: the data set has changed since the run was started ({source.name}: "
-        f"{changes}). Restore the data, or start with a new run_dir"
+        f"{changes}). Restore the data, or start a new run_dir, with "
+        "--backbone.weights and this run's folder from its weights"
     )
 
 

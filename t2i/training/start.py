@@ -138,13 +138,19 @@ def _resumed_backbone(
 def _source_now(
     config: dict, folder: Path, options: BackboneOptions, base: Path | None = None
 ) -> BackboneSource:
-    """A checkpoint's source, given where the files of its base are now."""
-    source = moved(
-        stored_source(config, folder),
-        base=base,
-        tokenizer=options.tokenizer,
-        text_encoder=options.text_encoder,
-    )
+    """A checkpoint's source, given where the files of its base are now.
+
+    A name on the hub, which published recipes have by default, is not used for a file that the
+    checkpoint has here: an export's copy has another format, and so another hash, than the hub's.
+    """
+    stored = stored_source(config, folder)
+    here = expand_folder(moved(stored, base=base))
+    given = {"tokenizer": options.tokenizer, "text_encoder": options.text_encoder}
+    for name, place in given.items():
+        own = getattr(here, name)
+        if place and not Path(place).exists() and own and Path(own).exists():
+            given[name] = None
+    source = moved(stored, base=base, **given)
     return replace(source, generation_only=options.generation_only)
 
 
