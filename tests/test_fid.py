@@ -14,9 +14,10 @@ from PIL import Image
 
 from launch import fid as program
 from t2i import cli
+from t2i.errors import UserError
 from t2i.evaluation.fid import fid_score as fid
 from t2i.evaluation.fid import inception, measures
-from t2i.evaluation.fid.image_sets import open_images
+from t2i.evaluation.fid.image_sets import open_images, read_npz_array
 from t2i.evaluation.fid.inception import InceptionFeatures, extract
 from t2i.rng import integers, make_keys, normals
 
@@ -235,6 +236,30 @@ def test_a_stored_mean_is_not_rounded(tmp_path):
     np.savez(tmp_path / "stored.npz", mu=mean, sigma=np.eye(4))
     stored = fid.read_statistics(tmp_path / "stored.npz", "mu", "sigma")
     assert stored.mean.tolist() == mean.tolist()
+
+
+@pytest.mark.parametrize("dtype", [">f8", ">f4", np.longdouble])
+def test_statistics_of_other_machines(tmp_path, dtype):
+    """PyTorch takes neither their byte order nor their widest floats, and ended in a traceback."""
+    mean, covariance = np.arange(4.0).astype(dtype), np.eye(4).astype(dtype)
+    np.savez(tmp_path / "stored.npz", mu=mean, sigma=covariance)
+    stored = fid.read_statistics(tmp_path / "stored.npz", "mu", "sigma")
+    assert stored.mean.tolist() == [0, 1, 2, 3] and torch.equal(
+        stored.covariance, torch.eye(4).double()
+    )
+
+
+def test_a_damaged_header_is_refused(tmp_path):
+    """NumPy raises an error of Python's tokenizer for it."""
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (8, 8, 8, 3, }\n"
+    array = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(1536)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("arr_0.npy", array)
+        archive.writestr("mu.npy", array)
+    with pytest.raises(UserError, match=r"a\.npz is damaged"):
+        open_images(tmp_path / "a.npz")
+    with pytest.raises(UserError, match=r"a\.npz: mu cannot be read"):
+        read_npz_array(tmp_path / "a.npz", "mu")
 
 
 @pytest.mark.parametrize(

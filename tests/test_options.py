@@ -34,7 +34,7 @@ def test_shapes_source_draws_the_fine_tuning_world():
         (lambda: parse_shapes("shapes:²"), "shapes:N"),
         (lambda: presets.iclr2026(shedule="sine"), "perhaps you meant schedule"),
         (lambda: presets.iclr2026(own_drafts=1.5), "own_drafts"),
-        (lambda: presets.iclr2026(own_drafts=0.5, noise="gaussian"), "cannot be combined"),
+        (lambda: presets.iclr2026(own_drafts=0.5, noise="gaussian"), "set own_drafts to 0"),
         (lambda: OptimOptions(codec_lr=-1.0), "codec_lr"),
         (lambda: OptimOptions(warmup_steps=-1), "warmup_steps"),
         (lambda: OptimOptions(grad_clip=0.0), "grad_clip"),

@@ -24,7 +24,7 @@ from runs import (
 import t2i
 from launch import train_reward
 from t2i.checkpoint_folders import find_checkpoint, read_config, run_checkpoints
-from t2i.errors import UserError
+from t2i.errors import Stopped, UserError
 from t2i.reward.reward_check import check
 from t2i.reward.reward_options import RewardConfig
 from t2i.reward.reward_recipes import recipes
@@ -72,6 +72,20 @@ def test_what_a_run_writes(tiny_world):
         "one slider for each kind"
     )
     assert "reward/mean" in page and "Seconds of a step" in page
+
+
+def test_a_run_stopped_at_a_sheet_keeps_its_groups(tiny_world):
+    """Resuming cannot draw the images of the step again, and the sheet used to be missing."""
+    config = tiny_reward_run(tiny_world, "reward-stopped", method__k=1, log__sample_every=2)
+
+    def stop(run: RewardRun) -> None:
+        run.stop_requested = True
+
+    with before_step(1, stop), pytest.raises(Stopped):
+        learn(config)
+    learn(replace(config, resume=True))
+    names = {path.name for path in (config.run_dir / "samples").iterdir()}
+    assert names >= {"step_000002.png", "step_000002_groups.png"}
 
 
 @pytest.mark.slow

@@ -21,10 +21,11 @@ from t2i.files import writable_folder
 from t2i.model_options import DrawingModelOptions
 from t2i.reward import reward_recipes
 from t2i.sampling import SamplingConfig, SamplingOverrides
-from t2i.training.check import check
+from t2i.training.check import check, look_at_model
 from t2i.training.config import LabelledOptions
 from t2i.training.recipes import recipe, recipes_for
 from t2i.training.run_plan import about_settings, plan_run
+from t2i.training.start import build_model
 from t2i.training.unread_options import settle_options
 
 
@@ -80,6 +81,17 @@ def test_options_that_would_mean_another_run_are_refused(options, message):
         ),
         ("shapes-control", {"epochs": 3.0, "steps": 7}, "epochs=3.0 has no effect with steps=7"),
         ("shapes-tuned", {"log.project": "mine"}, "log.project=mine has no effect"),
+        ("shapes-iclr2026", {"method.anneal": True}, "anneal=True has no effect with method.own"),
+        (
+            "shapes-iclr2026",
+            {"method.noise": "gaussian", "method.schedule": "sine"},
+            "method.schedule=sine has no effect with method.noise=gaussian",
+        ),
+        (
+            "shapes-control",
+            {"log.sample_every": 0, "log.prompts": ["a red circle"]},
+            "log.prompts=['a red circle'] has no effect with log.sample_every=0",
+        ),
     ],
 )
 def test_unread_options_give_a_warning(name, options, message, caplog):
@@ -207,6 +219,22 @@ def test_a_tiny_ablation_keeps_what_is_given():
 def test_sampling_options_without_effect_give_a_warning(given, own, message, caplog):
     overrides = SamplingOverrides(**given)
     overrides.look_for_unread(overrides.apply(SamplingConfig(**own)), drafts=False)
+    assert message in caplog.text and bool(caplog.text) == bool(message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cfg_scale": 1.0, "cfg_power": 2.0}, "cfg_power=2.0 has no effect with cfg_scale=1"),
+        ({"temperature": 0.0, "top_k": 9}, "top_k=9 has no effect with temperature=0"),
+        ({"window": 1, "renoise": 0.5}, "renoise=0.5 has no effect with k=1 (or --window 1)"),
+        ({"renoise": 0.5, "cfg_power": 2.0}, ""),
+    ],
+)
+def test_a_run_points_out_sampling_options_without_effect(options, message, tmp_path, caplog):
+    """Only the programs that draw used to."""
+    config = recipe("shapes-tuned", {"run_dir": str(tmp_path), "sampling": options})
+    look_at_model(build_model(config, device="meta"), config)
     assert message in caplog.text and bool(caplog.text) == bool(message)
 
 

@@ -250,7 +250,10 @@ class RewardRun(Run):
 
     def save(self) -> Path:
         self.saved_step = self.step
-        return super().save()
+        folder = super().save()
+        if self.stop_agreed and self.sheet_due():  # resuming draws the sheet, but without these
+            self.processes.on_main(self._group_sheet)
+        return folder
 
     def validate(self) -> dict[str, float]:
         """The held-out losses, and the metrics of `t2i.reward.reward_watch`."""
@@ -275,10 +278,11 @@ class RewardRun(Run):
     def draw_sheet(self) -> None:
         """Also show the best and worst images of the last step's groups."""
         super().draw_sheet()
-        if self.round is not None:
-            self._group_sheet(self.round)
+        self._group_sheet()
 
-    def _group_sheet(self, found: Round) -> None:
+    def _group_sheet(self) -> None:
+        if (found := self.round) is None:
+            return
         group, images, labels = self.config.reward.group, [], []
         whole = len(found.drawn) // group  # groups drawn entirely by this process
         spread = [p for p in range(whole) if found.kept_P[p]][:_SHEET_GROUPS]

@@ -72,7 +72,8 @@ class TensorARConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be a number from 0 to 1")
         if self.own_drafts > 0 and self.noise == "gaussian":
             raise UserError(
-                "own_drafts cannot be combined with noise='gaussian', which is added to embeddings, not to codes"
+                f"own_drafts={self.own_drafts} cannot be combined with noise='gaussian', which is "
+                "added to embeddings, not to codes: set own_drafts to 0, or another noise"
             )
         if not 1 <= self.depth <= _MOST_DEPTH:
             raise UserError(f"depth={self.depth} must be from 1 to {_MOST_DEPTH}")

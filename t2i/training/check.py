@@ -27,6 +27,7 @@ from t2i.progress import readable_size
 from t2i.sampling import check_counts, check_whole
 from t2i.sources import check_named
 from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import drawn_windows
 from t2i.training.batches import stored_data_key
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.engine import check_compiler, deepspeed_config, parameter_groups
@@ -95,8 +96,13 @@ def _refuse_not_utf8(config: TrainConfig) -> None:
                 ) from error
 
 
-def look_at_model(backbone: Backbone, config: TrainConfig) -> list[str | int]:
-    """The sheets' prompts as the backbone takes them; empty: use those of held-out samples."""
+def look_at_model(model: TensorAR, config: TrainConfig) -> list[str | int]:
+    """The sheets' prompts as the backbone takes them; empty: use those of held-out samples. Warns
+    of sampling options without effect.
+    """
+    backbone, base = model.backbone, config.method.k == 1  # a base's are told of with the options
+    drafts = base or drawn_windows(model, model.sampling).stages > 1
+    config.sampling.look_for_unread(model.sampling, drafts)
     # A text encoder that has not been fetched yet counts as present.
     to_fetch = config.backbone.text_encoder is not None and backbone.frozen.text_encoder is None
     captions = isinstance(config.data, DataOptions) and backbone.spec.cond_kind == "text"
@@ -145,7 +151,7 @@ def check(
     if source is not None and (key := stored_data_key(config)) is not None:
         refuse_changed_files(source, config.data.cache_dir, key)
     model = build_model(config, device="meta", resumed=checkpoint)
-    prompts = look_at_model(model.backbone, config)
+    prompts = look_at_model(model, config)
     parameter_groups(model, config)  # raises if nothing would be trained
     if isinstance(config.data, LabelledOptions):
         survey, total, lines, warnings = _labelled(config.data, model.backbone)

@@ -71,7 +71,7 @@ class Run:
         own_facts = processes.on_main(lambda: self.facts(checkpoint))
         model = processes.together(lambda: build_model(config, resumed=checkpoint))
         self.model = model.to(processes.device)
-        prompts = look_at_model(self.model.backbone, config)
+        prompts = look_at_model(self.model, config)
         self._place_helpers()
         self.data = TrainingData(config, self.model.backbone, processes, source)
         self.plan = self.data.plan

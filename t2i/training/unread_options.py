@@ -13,6 +13,7 @@ from t2i.checkpoint_folders import is_checkpoint
 from t2i.errors import UserError
 from t2i.fields import given_options, leaves
 from t2i.models.families import find_family
+from t2i.sampling import SamplingConfig
 from t2i.training.config import LabelledOptions, TrainConfig, Unread
 from t2i.training.open_data import holds_codes
 from t2i.training.settings import plain
@@ -68,13 +69,27 @@ def _warned_of(config: TrainConfig) -> Unread:
         drafts = {"sampling.draft_temperature", "sampling.renoise"}
         codec = {"optim.codec_lr", "engine.codec_checkpointing"}
         yield of_method | drafts | codec, "method.k=1, which is the base without TensorAR"
-    elif len(config.method.slot_weights) > (k := config.method.k):
-        yield {"method.slot_weights"}, f"method.k={k} beyond its first {k} weights"
+    else:
+        yield from _of_drafts(config)
     if config.tuning == "codec" and not config.train_image_layers:
         of_backbone = ("backbone_lr", "backbone_delay_steps", "backbone_falls")
         yield {f"optim.{name}" for name in of_backbone}, "tuning=codec"
     if config.steps is not None:
         yield {"epochs"}, f"steps={config.steps}"
+    if config.log.sample_every == 0:
+        yield {"log.prompts"}, "log.sample_every=0, which draws no sheets"
     if config.log.tracker != "wandb":
         yield {"log.project"}, f"log.tracker={config.log.tracker} (only wandb uses it)"
     yield from config.unread()
+
+
+def _of_drafts(config: TrainConfig) -> Unread:
+    method = config.method
+    if len(method.slot_weights) > (k := method.k):
+        yield {"method.slot_weights"}, f"method.k={k} beyond its first {k} weights"
+    if config.learns_from_data and method.own_drafts == 0:
+        yield {"method.anneal"}, "method.own_drafts=0"
+    renoise = config.sampling.apply(SamplingConfig()).renoise  # it follows the schedule
+    if method.noise == "gaussian" and not renoise:
+        equal = "method.noise=gaussian, which is equally strong in all drafts"
+        yield {"method.schedule", "method.noise_floor"}, equal

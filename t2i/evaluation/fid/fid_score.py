@@ -167,7 +167,10 @@ def read_statistics(
     for name, array in zip((mean, covariance), arrays, strict=True):
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
             raise UserError(f"{path}: {name} must hold finite numbers; its type is {array.dtype}")
-    mean_D, covariance_DD = (torch.from_numpy(array).to(device) for array in arrays)
+    # PyTorch takes neither other machines' byte order nor more than 64 bits.
+    kinds = [np.float64 if a.dtype.itemsize > 8 else a.dtype.newbyteorder("=") for a in arrays]
+    native = [array.astype(kind) for array, kind in zip(arrays, kinds, strict=True)]
+    mean_D, covariance_DD = (torch.from_numpy(array).to(device) for array in native)
     if mean_D.dim() != 1 or not len(mean_D) or covariance_DD.shape != (len(mean_D), len(mean_D)):
         raise UserError(
             f"{path}: {mean} is {list(mean_D.shape)} and {covariance} is {list(covariance_DD.shape)}; "

@@ -7,6 +7,7 @@ order. For a folder, all images below it are read, sorted by path; if this kit g
 """
 
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ _RECORDS = ("generation.json", "settings.json")  # written by drawing into a fol
 _LARGEST_ARRAY = 1 << 30
 """Limit in bytes for arrays that are read at once, such as statistics; images are streamed."""
 _BROKEN = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError)
+_BAD_HEADER = (tokenize.TokenError, TypeError, MemoryError)
+"""What NumPy raises for damaged headers, besides ValueError."""
 
 
 class NpzImages:
@@ -145,7 +148,7 @@ def read_npz_array(path: Path, name: str) -> np.ndarray:
             return arrays[name]
     except UserError:
         raise
-    except (*_BROKEN, KeyError) as error:
+    except (*_BROKEN, *_BAD_HEADER, KeyError) as error:
         raise UserError(f"{path}: {name} cannot be read: {error}") from error
 
 
@@ -175,6 +178,9 @@ def _open_images(path: Path) -> Iterator[IO[bytes]]:
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Read a .npy header: shape, whether in Fortran order, and dtype."""
     version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
+    try:
+        if version == (1, 0):
+            return np.lib.format.read_array_header_1_0(file)
+        return np.lib.format.read_array_header_2_0(file)
+    except _BAD_HEADER as error:
+        raise ValueError(f"no array's header: {error}") from error
