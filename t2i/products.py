@@ -73,18 +73,19 @@ def _amd_registers() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-@cache
-def generates_products() -> bool:
+def generates_products(dtype: torch.dtype) -> bool:
     """Whether torch generates the code of compiled steps' products on this CPU: twice as fast for a
-    few rows as MKL there (docs/performance.md).
+    few rows as MKL there (docs/performance.md). Only fp32 was measured.
     """
-    return _amd_registers() == "AVX2" and hasattr(select_algorithm(), "add_preprocessing_fn")
+    if dtype != torch.float32 or _amd_registers() != "AVX2":
+        return False
+    return hasattr(select_algorithm(), "add_preprocessing_fn")
 
 
 @contextmanager
-def generated_products() -> Iterator[None]:
+def generated_products(dtype: torch.dtype) -> Iterator[None]:
     """Within it, torch generates the code of the products that it compiles, where that pays."""
-    if not generates_products():
+    if not generates_products(dtype):
         yield
         return
     global _generate
@@ -112,19 +113,20 @@ _generate = False
 
 @cache
 def _prefer_generated() -> None:
-    """Make torch take the first of these choices instead of timing them all, as it then would not
-    always choose the same. Its batched products are left out: some are wrong (torch 2.14).
+    select_algorithm().add_preprocessing_fn(_first_choice)
+
+
+def _first_choice(choices: list) -> list:
+    """Leaves one choice for a product: otherwise torch would time them, and not always choose the
+    same. That is generated code if there is some, but not for batched products: some of these are
+    wrong (torch 2.14).
     """
-
-    def choose(choices: list) -> list:
-        if not _generate:
-            return choices
-        library = [choice for choice in choices if not choice.name.startswith("cpp_")]
-        own = [choice for choice in choices if choice.name.startswith("cpp_")]
-        batched = any("bmm" in choice.name for choice in library)
-        return (library if batched else own)[:1] or choices
-
-    select_algorithm().add_preprocessing_fn(choose)
+    if not _generate:
+        return choices
+    library = [choice for choice in choices if not choice.name.startswith("cpp_")]
+    own = [choice for choice in choices if choice.name.startswith("cpp_")]
+    batched = any("bmm" in choice.name for choice in library)
+    return (library if batched else own)[:1] or choices[:1]
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 `fast_products`.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,8 +91,8 @@ def test_training_and_compilation_hand_products_over(monkeypatch, tiny_world):
     monkeypatch.setattr(torch, "compile", compile_nothing)
     run, before = speed._frozen(lambda *_: None), settings()[0]
     seen.clear()
-    run(None, None, 4)
-    run(None, None, 5)
+    for extent in (4, 5):
+        run(torch.nn.Linear(1, 1), None, extent)
     assert seen == ["bf16", before], "compiling packs the weights; later calls use MKL"
 
 
@@ -105,3 +107,33 @@ def test_handed_over_products_have_fp32_precision():
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
     for grad, own in zip(grads, wanted, strict=True):
         torch.testing.assert_close(grad, own, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("registers", "dtype", "known"),
+    [
+        ("AVX2", torch.float32, True),
+        ("AVX2", torch.bfloat16, False),
+        ("AVX512", torch.float32, False),
+        ("", torch.float32, False),  # another maker's processor
+    ],
+)
+def test_products_are_generated_only_where_this_was_measured(monkeypatch, registers, dtype, known):
+    monkeypatch.setattr(products, "_amd_registers", lambda: registers)
+    possible = hasattr(products.select_algorithm(), "add_preprocessing_fn")
+    assert products.generates_products(dtype) == (known and possible)
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (("cpp_CppMicroGemmFP32Vec_1", "_mkl_linear"), "cpp_CppMicroGemmFP32Vec_1"),
+        (("bmm", "cpp_CppMicroGemmFP32Vec_2"), "bmm"),
+        (("mm", "other"), "mm"),
+    ],
+)
+def test_one_choice_is_left_so_that_nothing_is_timed(monkeypatch, names, chosen):
+    choices = [SimpleNamespace(name=name) for name in names]
+    assert products._first_choice(choices) == choices, "others' compilations stay as they are"
+    monkeypatch.setattr(products, "_generate", True)
+    assert [choice.name for choice in products._first_choice(choices)] == [chosen]

@@ -229,7 +229,7 @@ def test_auto_depends_on_the_request_only(monkeypatch):
 
     assert [chosen(n)[1] for n in (1, 2, 4, 64)] == [12, 0, 0, 0]
     for generated, ahead in ((False, 8), (True, 0)):
-        monkeypatch.setattr(generation, "generates_products", lambda known=generated: known)
+        monkeypatch.setattr(generation, "generates_products", lambda _, known=generated: known)
         assert [chosen(n, speed="compiled")[1] for n in (1, 2, 64)] == [ahead, 0, 0]
         assert [chosen(n)[1] for n in (1, 2)] == [12, 0]
     assert chosen(2, speed="compiled", sampling=SamplingConfig(renoise=0.5)) == ("compiled", 0)

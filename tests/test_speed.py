@@ -269,7 +269,7 @@ def test_compiled_steps_draw_the_same(settings, speculate, generated, monkeypatc
     place through `.data`, unseen by autograd, take effect. torch generates the products' code only
     where it is asked to.
     """
-    monkeypatch.setattr(products, "generates_products", lambda: generated)
+    monkeypatch.setattr(products, "generates_products", lambda _: generated)
     counters["inductor"].clear()
     monkeypatch.setattr(KVCache, "BUCKET_ON_A_CPU", 8)
     model, config = small(tiny_llamagen("text")), replace(GUIDED, **settings)

@@ -153,7 +153,8 @@ def _frozen(step: Callable[..., None]) -> Callable[..., None]:
         span = torch.empty(extent, 0)  # each value of a plain number would be compiled separately
         mark_dynamic(span, 0)
         frozen = config.patch({"freezing": True, "cpp.enable_concat_linear": True})
-        with frozen, generated_products(), compiling.pop() if compiling else nullcontext():
+        products = generated_products(next(model.parameters()).dtype)
+        with frozen, products, compiling.pop() if compiling else nullcontext():
             fused(model, drawing, span)
 
     return run
