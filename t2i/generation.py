@@ -177,8 +177,9 @@ def choose_run(
     if asked != "auto":
         most = 0 if asked == "off" else min(asked, windows)  # room is made for all of them
         return speed, most if most > 1 else 0
-    fast_alone = speed == "compiled" and generates_products(next(model.parameters()).dtype)
-    pays = device.type == "cpu" and model.windows.size == 1 and images == 1 and not fast_alone
+    pays = device.type == "cpu" and model.windows.size == 1 and images == 1
+    if pays and speed == "compiled":
+        pays = not generates_products(next(model.parameters()).dtype)
     return speed, SPECULATION_PAYS[speed] if pays else 0
 
 

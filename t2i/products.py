@@ -5,8 +5,8 @@ ships, uses the full width, and torch passes it fp32 products once they *may* be
 oneDNN rounds only on processors with matrix units for bf16 (Intel's AMX); test products confirm
 that it does not round here.
 
-Without AVX-512, MKL is fast for large products, but reads the packed weights of compiled steps at
-half the memory's speed. There the code that torch generates for products replaces it.
+Without AVX-512, MKL is fast for large products, but slow for the few rows of drawing steps. There
+the code that torch generates for products replaces it in compiled steps.
 """
 
 from collections.abc import Iterator

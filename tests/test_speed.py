@@ -269,6 +269,8 @@ def test_compiled_steps_draw_the_same(settings, speculate, generated, monkeypatc
     place through `.data`, unseen by autograd, take effect. torch generates the products' code only
     where it is asked to.
     """
+    if generated and not hasattr(products.select_algorithm(), "add_preprocessing_fn"):
+        pytest.skip("this torch cannot leave one choice for a product")
     monkeypatch.setattr(products, "generates_products", lambda _: generated)
     counters["inductor"].clear()
     monkeypatch.setattr(KVCache, "BUCKET_ON_A_CPU", 8)

@@ -13,8 +13,8 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from threading import Lock
@@ -146,18 +146,26 @@ def _frozen(step: Callable[..., None]) -> Callable[..., None]:
     # ensures that this step never runs code compiled for other weights.
     own = FunctionType(work.__code__.replace(), globals(), "work", None, work.__closure__)
     fused = torch.compile(own, fullgraph=True, options={"guard_filter_fn": _of_span})
-    # Compiling decides which library's products the frozen weights are packed for.
-    compiling = [fast_products(torch.device("cpu"))]
+    compiled = False
 
     def run(model, drawing, extent: int) -> None:
+        nonlocal compiled
         span = torch.empty(extent, 0)  # each value of a plain number would be compiled separately
         mark_dynamic(span, 0)
         frozen = config.patch({"freezing": True, "cpp.enable_concat_linear": True})
-        products = generated_products(next(model.parameters()).dtype)
-        with frozen, products, compiling.pop() if compiling else nullcontext():
+        # Compiling decides which products the frozen weights are laid out for.
+        products = nullcontext() if compiled else _fastest_products(model)
+        with frozen, products:
             fused(model, drawing, span)
+        compiled = True
 
     return run
+
+
+@contextmanager
+def _fastest_products(model: nn.Module) -> Iterator[None]:
+    with fast_products(torch.device("cpu")), generated_products(next(model.parameters()).dtype):
+        yield
 
 
 def _of_span(guards: Sequence) -> list[bool]:
