@@ -177,8 +177,11 @@ def notebook_table(scores: Sequence[Score], title: str, digits: int) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A markdown table with these column names."""
-    texts = ([str(cell).replace("|", "\\|") for cell in cells] for cells in (head, *rows))
+    """A markdown table with these column names; each row is one line."""
+    texts = (
+        [" ".join(str(cell).splitlines()).replace("|", "\\|") for cell in cells]
+        for cells in (head, *rows)
+    )
     first, *others = (f"| {' | '.join(cells)} |" for cells in texts)
     return "\n".join([first, "|" + "---|" * len(head), *others])
 

@@ -392,9 +392,7 @@ def whole_run(model: TensorAR, drawing: Drawing, run: Run) -> Iterator[int]:
     while lowest < last:
         fed = min(highest + max(drawing.ahead, 1) - 1, last)
         run(model, drawing.state.extent(fed))
-        before = lowest
-        if drawing.ahead:
-            lowest, highest = (int(index) for index in drawing.index.aminmax())
-        else:
-            lowest = highest = lowest + 1  # known without asking the device
-        yield lowest - before
+        # One by one, the new index is known; else asking for all rows' waits for the device once.
+        reached = drawing.index.flatten().tolist() if drawing.ahead else [lowest + 1]
+        yield min(reached) - lowest
+        lowest, highest = min(reached), max(reached)

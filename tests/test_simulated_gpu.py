@@ -1,0 +1,162 @@
+"""Programs on a simulated GPU compute what they compute on the CPU (simulated_gpu.py)."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import folder_content
+from PIL import Image
+from programs import ROOT, launch
+from runs import SAME_SUM, assert_same_metrics, metrics, plain_options
+from simulated_gpu import build
+
+from t2i.tensorar.speed import compiler_lacks
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(compiler_lacks(torch.device("cpu"))), reason="no C++ compiler"),
+    pytest.mark.skipif(torch.__version__ < (2, 14), reason="written for a newer PyTorch"),
+]
+CODES = 16  # of an image of the tiny base
+FP32 = ("--engine.precision", "fp32")
+
+
+@pytest.fixture(scope="module")
+def simulate(tmp_path_factory):
+    """Runs a program on the simulated GPU and returns what it counted there: operations, replays of
+    graphs, waits for the GPU. The program must succeed.
+    """
+    library = build(tmp_path_factory.mktemp("simulated_gpu"))
+    simulator = [sys.executable, str(ROOT / "tests" / "simulated_gpu.py"), str(library)]
+
+    def run(*command) -> dict[str, int]:
+        # Training in this process would have chosen the CPU for its children.
+        environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+        done = subprocess.run(
+            [*simulator, *map(str, command)],
+            cwd=ROOT,
+            env=environment | {"TORCHDYNAMO_DISABLE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stdout[-3000:]
+        counts = ast.literal_eval(re.search(r"simulated: (\{.*\})", done.stdout)[1])
+        assert counts["operations"] > 0
+        return counts
+
+    return run
+
+
+def test_what_a_gpu_refuses(simulate, tmp_path):
+    (tmp_path / "faulty.py").write_text("""if True:
+        import pytest
+        import torch
+
+        x = torch.ones(2, device="cuda")
+
+        def record():
+            return torch.cuda.graph(torch.cuda.CUDAGraph())
+
+        with pytest.raises(RuntimeError, match="tensors of cuda:0, and of the cpu"):
+            x + torch.ones(2)
+        with pytest.raises(RuntimeError, match="not supported for tensor subclasses"):
+            x.numpy()
+        with pytest.raises(AssertionError, match="while recording"), record():
+            x.sum().item()
+        with pytest.raises(AssertionError, match="while recording"), record():
+            x.to("cpu")
+        with pytest.raises(AssertionError, match="while recording"), record():
+            torch.ones(2).to("cuda")
+        assert (x + torch.tensor(1) + 1).cpu().tolist() == [3, 3]
+        assert x[torch.tensor([0])].device.type == "cuda"
+    """)
+    simulate(tmp_path / "faulty.py")
+
+
+def test_replays_read_what_is_there_then(simulate, tmp_path):
+    """Recording runs nothing; a replay reads its tensors anew, but a Python number is frozen."""
+    (tmp_path / "recorded.py").write_text("""if True:
+        import torch
+        x, y, step = torch.ones(2, device="cuda"), torch.zeros(2, device="cuda"), 1
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y.add_(2 * x * step)
+        assert y.tolist() == [0, 0]
+        x.fill_(3)
+        step = 100
+        graph.replay()
+        graph.replay()
+        assert y.tolist() == [12, 12] and y.device.type == "cuda"
+    """)
+    assert simulate(tmp_path / "recorded.py")["replays"] == 2
+
+
+def test_a_run(plain, simulate, tiny_world):
+    """Under ZeRO-2 it trains as on the CPU without ZeRO, and continues from its checkpoint."""
+    options = plain_options(tiny_world, "gpu")
+    stage = ("--engine.zero-stage", 2, "--log.save-every", 2)
+    program = ["launch/train_llamagen.py", *options, *FP32, *stage]
+    simulate(*program)
+    assert_same_metrics(metrics(tiny_world, "gpu"), metrics(tiny_world, "plain"), SAME_SUM)
+    shutil.rmtree(tiny_world / "runs" / "gpu" / "checkpoints" / "step_000003")
+    simulate(*program, "--resume")
+    assert_same_metrics(metrics(tiny_world, "gpu"), metrics(tiny_world, "plain"), SAME_SUM)
+
+
+def test_own_drafts_lora_and_samples(simulate, tiny_world):
+    """Of a Janus model, at two learning rates, with everything that a run does besides steps."""
+    base = ("shapes-janus-lora", "--backbone.weights", tiny_world / "janus")
+    lines = ("--log.sample-every", 2, "--log.validate-every", 2, "--log.save-every", 2)
+    plain = plain_options(tiny_world, "janus")[3:]
+    options = [*base, *plain, *lines, *FP32, "--method.own-drafts", 0.5]
+    launch("launch/train_janus.py", *map(str, options))
+    expected = metrics(tiny_world, "janus")
+    run = tiny_world / "runs" / "janus"
+    run.rename(run.with_name("janus-cpu"))
+    simulate("launch/train_janus.py", *options)
+    assert_same_metrics(metrics(tiny_world, "janus"), expected, SAME_SUM)
+
+
+def test_drawing(plain, simulate, tiny_world, tmp_path):
+    """Images are those of the CPU, and the same step by step, by graphs and with speculation."""
+    prompts = ("--prompt", "a photo of a red circle", "--samples", "2")
+    program = ["launch/generate.py", "--ckpt", str(tiny_world / "runs" / "plain"), *prompts]
+    launch(*program, "--speed", "eager", "--speculate", "off", "--out", str(tmp_path / "cpu"))
+    drawn, waits = {}, {}
+    for speed, speculate in [("eager", "off"), ("graphs", "off"), ("graphs", "4")]:
+        way, out = f"{speed}-{speculate}", tmp_path / f"{speed}-{speculate}"
+        options = ("--speed", speed, "--speculate", speculate, "--dtype", "float32", "--out", out)
+        counts = simulate(*program, *options)
+        assert (counts.get("replays", 0) > 0) == (speed == "graphs")
+        drawn[way], waits[way] = images(out), counts["waits"]
+    assert drawn["eager-off"] == drawn["graphs-off"] == drawn["graphs-4"]
+    for path in map(Path, drawn["eager-off"]):
+        pair = [pixels(folder / path) for folder in (tmp_path / "cpu", tmp_path / "eager-off")]
+        assert abs(pair[0] - pair[1]).max() <= 1  # the decoder rounds differently
+    # One by one, no step waits; with speculation each call does, once.
+    assert waits["graphs-off"] == waits["eager-off"]
+    assert 0 < waits["graphs-4"] - waits["graphs-off"] < CODES
+
+
+def test_drawing_in_bf16(plain, simulate, tiny_world, tmp_path):
+    """The default on a GPU; text encoder, trunk and decoder take it."""
+    program = ["launch/generate.py", "--ckpt", tiny_world / "runs" / "plain"]
+    simulate(*program, "--prompt", "a photo of a ring", "--out", tmp_path / "drawn")
+    assert images(tmp_path / "drawn")
+
+
+def images(folder: Path) -> dict[str, bytes]:
+    return {k: v for k, v in folder_content(folder).items() if k.endswith(".png")}
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
