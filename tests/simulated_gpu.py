@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
+MOVES = {"_to_copy", "to"}
 TAKES_INDICES = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 SHAPES_ITSELF = {"resize_", "unsqueeze_", "squeeze_", "t_", "transpose_", "set_", "as_strided_"}
 NAME, MEMORY = "simulated GPU", 24 << 30
@@ -132,12 +133,12 @@ def compute(function, args, kwargs):
     assert name not in SHAPES_ITSELF, f"not simulated: {function}"
     check_devices(function, name, args, ours, others)
     to_host = asked == "cpu" or (name == "copy_" and not isinstance(args[0], GPUTensor))
-    from_host = not ours if name == "_to_copy" else name == "copy_" and bool(others)
-    counts["waits"] += name in WAITS or (name == "_to_copy" and to_host)
+    from_host = not ours if name in MOVES else name == "copy_" and bool(others)
+    counts["waits"] += name in WAITS or to_host
     counts["operations"] += 1
     if recording:
         assert name not in WAITS and not to_host and not from_host, f"while recording: {function}"
-    known = {id(x.held): x for x in ours} | {id(x): x for x in others}
+    known = {id(x.held): x for x in ours}
     given, known_kwargs = tree_map(held_by, (args, kwargs))
     if recording:
         keep_overwritten(function, given, known_kwargs)
@@ -146,9 +147,9 @@ def compute(function, args, kwargs):
         recording[-1].append((function, given, known_kwargs, result))
 
     def returned(x):
-        if not isinstance(x, torch.Tensor):
+        if to_host or not isinstance(x, torch.Tensor):
             return x
-        return known.get(id(x), x if to_host else GPUTensor(x))
+        return known[id(x)] if id(x) in known else GPUTensor(x)
 
     flat, spec = tree_flatten(result)
     return tree_unflatten([returned(x) for x in flat], spec)
@@ -156,7 +157,7 @@ def compute(function, args, kwargs):
 
 def check_devices(function, name, args, ours, others):
     """As on a GPU: numbers of the CPU, and its indices into a GPU's tensor, may take part."""
-    if name in ("copy_", "_to_copy", "_foreach_copy_") or function.namespace == "c10d" or not ours:
+    if name in (*MOVES, "copy_", "_foreach_copy_") or function.namespace == "c10d" or not ours:
         return
     allowed = args[1] if name in TAKES_INDICES and isinstance(args[0], GPUTensor) else []
     wrong = [x for x in others if x.dim() and not any(x is index for index in allowed)]
@@ -348,6 +349,7 @@ def start() -> None:
     answer_for_cuda()
     answer_for_nccl()
     keep_parameters()
+    torch.inference_mode = torch.no_grad  # views of its tensors cannot be wrapped
     run = threading.Thread.run
 
     def run_thread(self):

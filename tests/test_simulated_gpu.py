@@ -42,7 +42,7 @@ def simulate(tmp_path_factory):
         done = subprocess.run(
             [*simulator, *map(str, command)],
             cwd=ROOT,
-            env=environment | {"TORCHDYNAMO_DISABLE": "1"},
+            env=environment | {"TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -152,6 +152,21 @@ def test_drawing_in_bf16(plain, simulate, tiny_world, tmp_path):
     program = ["launch/generate.py", "--ckpt", tiny_world / "runs" / "plain"]
     simulate(*program, "--prompt", "a photo of a ring", "--out", tmp_path / "drawn")
     assert images(tmp_path / "drawn")
+
+
+def test_published_files_can_be_read_without_a_gpu(simulate, tmp_path):
+    """Tensors of a GPU are never pickled."""
+    (tmp_path / "publish.py").write_text(f"""if True:
+        import pathlib, pytest, torch, t2i
+
+        model = t2i.load_backbone("llamagen", "shapes")
+        assert model.device.type == "cuda"
+        with pytest.raises(AssertionError, match="pickled"):
+            torch.save(model.state_dict(), "{tmp_path}/faulty.pt")
+        model.save_official(pathlib.Path("{tmp_path}"), torch.float32)
+    """)
+    simulate(tmp_path / "publish.py")
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["model"]
 
 
 def images(folder: Path) -> dict[str, bytes]:

@@ -182,7 +182,8 @@ class Backbone(nn.Module, ABC):
 
         By default one file, {"model": weights} as LlamaGen nests them, without the image tokenizer.
         """
-        weights = {k: v.to(dtype) for k, v in self.official_state_dict().items()}
+        # On the CPU: others could only read a GPU's tensors on a machine with a GPU.
+        weights = {k: v.to("cpu", dtype) for k, v in self.official_state_dict().items()}
         torch.save({"model": weights}, folder / "model.pt")
         return folder / "model.pt"
 

@@ -141,7 +141,7 @@ class RewardRun(Run):
             **{f"policy/{name}": means[name] for name in SUMS[1:-1] if learned},
             "train/loss": means["loss"],
             **{f"lr/{part}": rate for part, rate in rates.items()},
-            **({} if total_norm is None else {"train/grad_norm": float(total_norm)}),
+            **({} if total_norm is None else {"train/grad_norm": total_norm}),
             **{f"seconds/{name}": s for name, s in zip(names, seconds, strict=True)},
         }
 

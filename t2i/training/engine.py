@@ -268,9 +268,9 @@ def grad_norm(engine) -> Tensor | None:
     )
 
 
-def healthy_norm(norm: Tensor | float | None) -> bool:
+def healthy_norm(norm: float | None) -> bool:
     """Whether the norm is finite or unknown (None); DeepSpeed reports -1 for one that is not."""
-    return norm is None or 0 <= float(norm) < math.inf
+    return norm is None or 0 <= norm < math.inf
 
 
 @contextmanager

@@ -159,16 +159,17 @@ class Run:
             "train/loss": float(total.weighted(config.method.weights())),
             **{f"train/slot{j}": m for j, m in enumerate(total.means().tolist())},
             **{f"lr/{part}": rate for part, rate in rates.items()},
-            **({} if total_norm is None else {"train/grad_norm": float(total_norm)}),
+            **({} if total_norm is None else {"train/grad_norm": total_norm}),
             "data_wait": self.waited / self.seconds,
         }
 
-    def _count_step(self, norm: Tensor | None) -> Tensor | float | None:
+    def _count_step(self, norm: Tensor | None) -> float | None:
         """Count a step that was taken; returns the norm of its gradient, None if unknown."""
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
-        return self.engine.get_global_grad_norm() if norm is None else norm
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        return None if norm is None else float(norm)
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the same batches, and add the time spent waiting for them to `self.waited`."""
