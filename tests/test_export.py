@@ -23,8 +23,8 @@ from t2i.files import owning, write_json
 from t2i.lora import add_lora
 from t2i.model_options import ExportOptions
 from t2i.sampling import SamplingConfig
-from t2i.training.config import BackboneOptions
-from t2i.training.start import start_from
+from t2i.training.config import BackboneOptions, TrainConfig
+from t2i.training.start import build_model, start_from
 from t2i.tuning import LoRAConfig
 
 
@@ -155,6 +155,15 @@ def test_an_export_is_trained_further_by_a_published_recipe(family, tmp_path):
         for name, value in backbone.tokenizer.state_dict().items():
             assert torch.equal(again.tokenizer.state_dict()[name], value)
         assert (again.frozen.text_encoder is not None) == (family == "llamagen")
+
+
+def test_a_backbone_folder_keeps_its_files_under_a_published_recipe(tmp_path):
+    """The hub's were fetched instead."""
+    folder = write_tiny_base(tmp_path / "base")
+    hub = {"tokenizer": "owner/repo:vq.pt", "text_encoder": "google/flan-t5-xl"}
+    config = TrainConfig(backbone=BackboneOptions(weights=str(folder), **hub))
+    source = build_model(config).backbone.source
+    assert (source.tokenizer, source.text_encoder) == (None, None)  # config.json of the folder
 
 
 def test_a_text_encoder_from_the_hub_is_named_and_not_copied(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def build_model(
     elif continued:
         backbone = start_from(options.weights, options, device=device, dtype=dtype)
     else:
-        backbone = load_source(base_files(**asdict(options)), device=device, dtype=dtype)
+        backbone = load_source(_base_of(options), device=device, dtype=dtype)
     model = TensorAR(backbone, config.method, seed=config.seed)
     if continued:
         _take_codec(model, options.weights)
@@ -138,27 +138,40 @@ def _resumed_backbone(
 def _source_now(
     config: dict, folder: Path, options: BackboneOptions, base: Path | None = None
 ) -> BackboneSource:
-    """A checkpoint's source, given where the files of its base are now.
+    """A checkpoint's source, given where the files of its base are now."""
+    stored = stored_source(config, folder)
+    given = _given_files(options, moved(stored, base=base))
+    source = moved(stored, base=base, **given)
+    return replace(source, generation_only=options.generation_only)
+
+
+def _base_of(options: BackboneOptions) -> BackboneSource:
+    """The files of a base that is no checkpoint."""
+    given = _given_files(options, base_files(options.family, options.weights))
+    return base_files(**asdict(options) | given)
+
+
+def _given_files(options: BackboneOptions, source: BackboneSource) -> dict[str, str | None]:
+    """The tokenizer and text encoder to use instead of the source's own; None: its own.
 
     A name on the hub, which published recipes have by default, is not used for a file that the
-    checkpoint has here: an export's copy has another format, and so another hash, than the hub's.
+    source has here: a folder's weights belong to its own tokenizer, and an export's copy has
+    another format, and so another hash, than the hub's.
     """
-    stored = stored_source(config, folder)
-    here = expand_folder(moved(stored, base=base))
+    here = expand_folder(source)
     given = {"tokenizer": options.tokenizer, "text_encoder": options.text_encoder}
     for name, place in given.items():
         own = getattr(here, name)
         if place and not Path(place).exists() and own and Path(own).exists():
             given[name] = None
-    source = moved(stored, base=base, **given)
-    return replace(source, generation_only=options.generation_only)
+    return given
 
 
 def start_facts(config: TrainConfig) -> dict[str, str]:
     """The weights that a new run starts from: their place, and a hash of their content."""
     weights = config.backbone.weights
     if not is_checkpoint(weights):
-        files = base_files(**asdict(config.backbone))
+        files = _base_of(config.backbone)
         return {"weights": files.weights, "sha256": weights_sha256(files)}
     folder = find_checkpoint(weights)
     source = stored_source(read_config(folder), folder)
