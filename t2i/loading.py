@@ -62,7 +62,20 @@ def pick_device(
         raise UserError(f"dtype {dtype!r} must be auto, {' or '.join(DTYPES)}")
     if dtype == "auto":
         dtype = "bfloat16" if name.startswith("cuda") else "float32"
+    if dtype == "bfloat16":
+        warn_of_emulation(torch.device(name))
     return torch.device(name), DTYPES[dtype]
+
+
+@cache
+def warn_of_emulation(device: torch.device) -> None:
+    """Warn once if this is a GPU without units for bfloat16 (older than Ampere)."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        log.warning(
+            "%s computes bfloat16 by emulation, which is slow: float32 takes twice the memory, but "
+            "may be faster (--dtype float32; in training --engine.precision fp32)",
+            torch.cuda.get_device_name(device),
+        )
 
 
 def find_gpu() -> bool:

@@ -389,6 +389,7 @@ def test_the_machine_decides_device_and_dtype(monkeypatch):
     assert pick_device("cpu", "bfloat16") == pick_device(torch.device("cpu"), torch.bfloat16)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
     assert pick_device() == (torch.device("cuda"), torch.bfloat16)
     assert pick_device("cuda:1", "float32") == (torch.device("cuda:1"), torch.float32)
     with pytest.raises(t2i.UserError, match=r"PyTorch found 2 GPU\(s\), numbered from cuda:0"):
@@ -430,6 +431,21 @@ def test_cards_that_pytorch_cannot_use_are_pointed_out(tmp_path, monkeypatch, ca
     loading._warn_of_idle_cards.cache_clear()
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     assert start_processes().device.type == "cpu" and caplog.messages == [message] * 2
+
+
+def test_cards_without_bfloat16_are_pointed_out(monkeypatch, caplog):
+    """V100 and T4: PyTorch emulates it."""
+    answers = {"is_available": True, "device_count": 1, "get_device_name": "Tesla T4"}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    loading.warn_of_emulation.cache_clear()
+    assert pick_device(dtype="float32")[1] == torch.float32 and not caplog.messages
+    for _ in range(2):
+        assert pick_device()[1] == torch.bfloat16
+    (message,) = caplog.messages
+    assert message.startswith("Tesla T4 computes bfloat16 by emulation") and "fp32" in message
+    loading.warn_of_emulation.cache_clear()
 
 
 # -- pictures --------------------------------------------------------------------------------------

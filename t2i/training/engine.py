@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from t2i import launcher
 from t2i.errors import UserError
 from t2i.files import read_json
-from t2i.loading import find_gpu
+from t2i.loading import find_gpu, warn_of_emulation
 from t2i.processes import Processes, joining, local_gpu
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.speed import compiler_lacks
@@ -227,6 +227,8 @@ def start_engine(model: TensorAR, config: TrainConfig, processes: Processes, los
     """Wrap the model, in the module that computes its loss, in a DeepSpeed engine with AdamW."""
     import deepspeed
 
+    if config.engine.precision != "fp32":
+        warn_of_emulation(processes.device)
     if config.engine.precision == "bf16":
         model.bfloat16()  # DeepSpeed casts only parameters, which then would not match the buffers
     model.backbone.sharded = config.engine.zero_stage == 3
