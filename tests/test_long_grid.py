@@ -3,6 +3,7 @@ ablation table.
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from launch.lab.long_arms import LONG_GRIDS, objective
 from launch.lab.long_data import drawn_scenes, order
 from launch.lab.long_report import rank_correlation
 from launch.lab.long_steps import Trainer
-from launch.lab.result_lines import estimate, results
+from launch.lab.result_lines import append, estimate, results
 from t2i.data.order import split_indices
 from t2i.errors import UserError
 from t2i.shapes.pretraining import Descent
@@ -103,6 +104,22 @@ def test_wrong_arguments_are_refused(monkeypatch, tmp_path, arguments, message):
     assert not out.exists()
     with pytest.raises(UserError, match="workers=1000 must be at most 256"):  # was a traceback
         long_grid.LongGrid("long", workers=1000)
+
+
+@pytest.mark.parametrize(("there", "refused"), [("shapes", False), ("mine", True), (None, False)])
+def test_results_of_another_base_are_not_taken_for_the_givens(
+    monkeypatch, tmp_path, there, refused
+):
+    """`ablate.py --base B` printed the table of base A, if it was given the folder of A."""
+    monkeypatch.chdir(tmp_path)
+    grid = long_grid.LongGrid("ablation", out=tmp_path, bases=("base=shapes",))
+    known = {} if there is None else {"weights": there}
+    lines = [{"key": run.key(grid)} | known for run in long_grid.planned(grid)]
+    append(tmp_path, lines, ())
+    with pytest.raises(UserError, match=r"holds results of .*mine") if refused else nullcontext():
+        long_grid.do_what_is_left(grid)
+    with pytest.raises(UserError, match="two have the same name"):
+        long_grid.planned(replace(grid, bases=("a=shapes", "a=other")))
 
 
 @pytest.mark.slow

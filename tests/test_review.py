@@ -263,6 +263,15 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
         write_review(tmp_path / "r", [open_column("x", tmp_path / "a")], title="t")
 
 
+def test_judged_images_that_are_gone_are_named(tmp_path):
+    """The results' folder was said to hold no images."""
+    _folder(tmp_path / "a" / "images", RED)
+    _judge(tmp_path / "a", "")
+    (tmp_path / "a" / "images").rename(tmp_path / "b")
+    with pytest.raises(UserError, match=r"a holds the results of .*images, which does not exist"):
+        open_column("x", tmp_path / "a")
+
+
 def test_results_of_another_program_are_no_verdicts(tmp_path):
     """The folder used to be refused, for FID's scores of it, say."""
     folder = _folder(tmp_path / "a", RED)

@@ -141,6 +141,7 @@ class GridWorld:
         """Measure a model on held-out scenes, draw images in all ways, and have them judged."""
         grid, scenes, lines = self.grid, self.scenes[run.base], []
         about = {"key": run.key(grid), "base": run.base, "seed": run.seed, "steps": grid.steps}
+        about |= {"weights": run.weights}
         about |= {"control": run.arm.control, "device": _device_name(self.device)}
         batches = held_out_batches(scenes, held)
         facts = facts | long_judge.held_out(model, batches)
