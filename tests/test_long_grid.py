@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import write_tiny_base
 
 from launch import ablate
 from launch.lab import long_arms, long_grid, long_report
@@ -94,11 +95,15 @@ def test_arms_have_different_names_and_keys(tmp_path):
         (("long", "--arms", "mystery"), "no arm mystery"),
         (("long", "--bases", "7m"), "name=folder"),
         (("long", "--bases", "7m=none"), "none is not a file, a folder"),
+        (("long", "--bases", "7m=tiny"), "tiny draws images of 32 x 32 px, and the scenes have 64"),
     ],
 )
 def test_wrong_arguments_are_refused(monkeypatch, tmp_path, arguments, message):
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["long_grid.py", *arguments, "--out", str(out)])
+    monkeypatch.chdir(tmp_path)
+    write_tiny_base(tmp_path / "tiny")
+    small = ("--images", "2", "--held-out", "1", "--steps", "1", "--workers", "0", "--minutes", "0")
+    monkeypatch.setattr(sys, "argv", ["long_grid.py", *arguments, *small, "--out", str(out)])
     with pytest.raises(ValueError, match=message):
         long_grid.main()
     assert not out.exists()

@@ -54,8 +54,9 @@ def run_settings(training: dict) -> dict:
     """
     run = training.get("config")
     parts = ("data", "optim", "engine")
-    ours = isinstance(run, dict) and all(isinstance(run.get(part, {}), dict) for part in parts)
-    return run if ours else {}
+    if isinstance(run, dict) and all(isinstance(run.get(part, {}), dict) for part in parts):
+        return run
+    return {}
 
 
 def with_trigger(training: dict, prompt: str) -> str:
