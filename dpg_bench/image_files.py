@@ -141,9 +141,10 @@ def _find(folder: Path, entries: Sequence[dict]) -> Files:
     unread = []
     for path in sorted(folder.iterdir()):
         numbered = re.fullmatch(r"(.+)_(0|[1-9]\d*)", path.stem)
-        if path.suffix == ".png" and path.stem in index_of:
+        image = path.suffix == ".png" and path.is_file()
+        if image and path.stem in index_of:
             files.setdefault(index_of[path.stem], {})[_WHOLE] = path
-        elif path.suffix == ".png" and numbered and numbered[1] in index_of:
+        elif image and numbered and numbered[1] in index_of:
             files.setdefault(index_of[numbered[1]], {})[int(numbered[2])] = path
         elif not path.name.startswith("."):
             unread.append(path.name)
@@ -221,7 +222,9 @@ def _copy(
         digest = hashlib.sha256(repr(form).encode())
         for number, path in sorted(found.items()):
             digest.update(f"{number} {file_sha256(path)}".encode())
-        if source["copied"].get(str(index)) == digest.hexdigest():
+        copies = [sample_file(index, sample) for sample in range(form.samples)]
+        there = all((out / "images" / name).is_file() for name in copies)
+        if there and source["copied"].get(str(index)) == digest.hexdigest():
             continue
         images: dict[int, Image.Image] = {}
         for number, path in found.items():

@@ -142,12 +142,20 @@ def read_questions(path: str | Path) -> QuestionGraph:
     path = Path(path)
     try:
         content = path.read_bytes()
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+        blob = git_blob_sha1(content)
+        text = io.StringIO(content.decode("utf-8-sig"), newline="")
+        # Strict: a quote that is never closed would take the following rows for its cell's text.
+        reader = csv.DictReader(text, strict=blob != OFFICIAL_BLOB)
         rows = [(reader.line_num, row) for row in reader]  # the row's last line
     except OSError as error:
         raise UserError(f"question file {path} cannot be read: {error}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"question file {path} is not a CSV in UTF-8: {error}") from error
+    except csv.Error as error:
+        raise UserError(
+            f"question file {path} is not a CSV: {error} (row that ends on line {reader.line_num}); a "
+            'cell that begins with a quote must end with one, and quotes in it are doubled: ""'
+        ) from error
     if missing := [name for name in NEEDED if name not in (reader.fieldnames or ())]:
         first = "".join(reader.fieldnames or ())
         other = next((name for name, sign in _SEPARATORS.items() if first.count(sign) > 4), None)
@@ -171,7 +179,7 @@ def read_questions(path: str | Path) -> QuestionGraph:
         except UserError as error:
             problems.append(str(error))
     problems += graph_problems(questions)
-    graph = QuestionGraph(tuple(questions), git_blob_sha1(content))
+    graph = QuestionGraph(tuple(questions), blob)
     if problems:
         lines = "\n  ".join(["", shorten(problems, "\n  ", most=10)])
         message = f"question file {path}: {lines}"

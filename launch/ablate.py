@@ -129,7 +129,7 @@ def main() -> None:
     grid = config.grid()
     do_what_is_left(grid)
     keys = {run.key(grid) for run in planned(grid)}
-    lines = [line for line in results(config.out) if line["key"] in keys]
+    lines = [line for line in results(config.out) if line.get("key") in keys]
     print(write_text(config.out / "table.md", table(lines)).read_text())
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
@@ -138,12 +139,25 @@ def find_checkpoint(folder: str | Path) -> Path:
 
     Raises:
         DamagedError: it is a run folder whose checkpoints are all damaged.
+        UserError: it is a run folder without checkpoints.
     """
     if found := newest_healthy(folder):
         return found
-    exported = Path(folder) / EXPORTED
+    exported, best = Path(folder) / EXPORTED, Path(folder) / BEST
     with reading(exported):
-        return exported if (exported / MANIFEST).is_file() else Path(folder)
+        if (exported / MANIFEST).is_file():
+            return exported
+    if is_run(folder):
+        advice = "give a folder with one" if not best.is_dir() else f"give its best model, {best}"
+        raise UserError(f"{folder} is the folder of a run and holds no checkpoint (yet): {advice}")
+    return Path(folder)
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether the folder's config.json is a training run's."""
+    with suppress(UserError):
+        return "plan" in read_object(Path(folder) / "config.json")
+    return False
 
 
 def choose_checkpoint(folder: str | Path) -> Path:

@@ -38,7 +38,13 @@ from t2i.published import asking_hub
 from t2i.sampling import DrawOptions
 from t2i.sources import BackboneSource, absolute, expand_folder, shipped_bases
 from t2i.tensorar.model import TensorAR
-from t2i.training.trigger_words import TRIGGER, remind_of_trigger, trigger_of, with_trigger
+from t2i.training.trigger_words import (
+    TRIGGER,
+    remind_of_trigger,
+    run_settings,
+    trigger_of,
+    with_trigger,
+)
 from t2i.weights import refuse_not_finite, save_weights
 
 log = logging.getLogger(__name__)
@@ -294,7 +300,7 @@ def model_card(
 def _recipe(config: dict) -> dict[str, object]:
     """How a checkpoint was trained, from its config.json; None for what is not known."""
     training, k = config["training"], config["method"]["k"]
-    run = training.get("config", {})
+    run = run_settings(training)
     data = run.get("data", {}).get("source") or []
     return {
         "what was trained": trained_parts(config["tuning"], config.get("image_layers", False), k),
@@ -303,7 +309,7 @@ def _recipe(config: dict) -> dict[str, object]:
         "samples per step": run.get("batch_size"),
         "data": ", ".join(map(_public_name, [data] if isinstance(data, str) else data)) or None,
         "trigger words": trigger_of(training),
-        "optimizer": _listed(run["optim"]) if run else None,
+        "optimizer": _listed(run["optim"]) if "optim" in run else None,
         "precision": run.get("engine", {}).get("precision"),
         "kit version": config["kit_version"],
     }

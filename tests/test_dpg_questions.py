@@ -90,6 +90,11 @@ def test_files_that_hold_no_questions(tmp_path):
         read_questions(write(tmp_path, header=[c.replace("tuple", "triple") for c in COLUMNS]))
     with pytest.raises(ValueError, match="two columns text"):
         read_questions(write(tmp_path, header=[c.replace("keywords", "text") for c in COLUMNS]))
+    # The rest of the file was taken for the question's text.
+    with pytest.raises(ValueError, match=r"is not a CSV: .* a cell that begins with a quote"):
+        read_questions(
+            write(tmp_path, [*ROWS[:3], [*ROWS[3][:5], '"Is it?'], ["x1", *ROWS[3][1:]]])
+        )
     with pytest.raises(ValueError, match="has no rows"):
         read_questions(write(tmp_path, rows=[]))
     (tmp_path / "image.csv").write_bytes(b"\x89PNG\xff\xfe")

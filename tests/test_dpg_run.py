@@ -219,6 +219,13 @@ def test_mistakes_in_flat_files(grids, tmp_path, refusal, caplog):
     path.write_bytes(whole)
     program(run, *grid)
     assert results(tmp_path / "out")["status"] == "PARTIAL: 2 of 60 prompts"
+    shutil.rmtree(tmp_path / "out" / "images")  # the copies; they were said to be missing
+    program(run, *grid)
+    path.unlink()
+    path.mkdir()
+    assert "1 of 2 images are missing: single_object0.png" in refusal(*grid)
+    path.rmdir()
+    path.write_bytes(whole)
     other = tmp_path / "other"
     grids.rename(other)
     assert f"holds the images of {grids}" in refusal("--images", other, *grid[2:])

@@ -238,6 +238,17 @@ def test_sample_call_of_the_model_card(kind, asked, call):
     assert f"t2i.generate(model, {call})" in model_card(config, kind, asked=asked)
 
 
+@pytest.mark.parametrize("facts", [{"config": "my.yaml"}, {"config": {"lr": 1e-4, "data": "mine"}}])
+def test_facts_of_the_users_own_are_not_taken_for_a_runs(tmp_path, monkeypatch, facts):
+    """They ended in tracebacks."""
+    monkeypatch.chdir(tmp_path)
+    backbone = t2i.load_backbone("llamagen", write_tiny_base(tmp_path / "base"))
+    model = t2i.attach(backbone, t2i.presets.base())
+    save_pretrained(model, tmp_path / "ckpt", tuning="codec", training=facts)
+    export(ExportOptions(tmp_path / "ckpt", tmp_path / "export"))
+    program_run(generate, "--ckpt", tmp_path / "ckpt", "--prompt", "a dog", "--samples", 1)
+
+
 def test_prompts_without_trigger_words_are_reported(tmp_path, caplog, monkeypatch):
     """When drawing with the run's checkpoint, with its export, and with an export of that."""
     monkeypatch.chdir(tmp_path)

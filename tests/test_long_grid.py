@@ -3,12 +3,14 @@ ablation table.
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from runs import write_tiny_base
 
 from launch import ablate
 from launch.lab import long_arms, long_grid, long_report
@@ -16,7 +18,7 @@ from launch.lab.long_arms import LONG_GRIDS, objective
 from launch.lab.long_data import drawn_scenes, order
 from launch.lab.long_report import rank_correlation
 from launch.lab.long_steps import Trainer
-from launch.lab.result_lines import estimate, results
+from launch.lab.result_lines import append, estimate, results
 from t2i.data.order import split_indices
 from t2i.errors import UserError
 from t2i.shapes.pretraining import Descent
@@ -93,16 +95,36 @@ def test_arms_have_different_names_and_keys(tmp_path):
         (("long", "--arms", "mystery"), "no arm mystery"),
         (("long", "--bases", "7m"), "name=folder"),
         (("long", "--bases", "7m=none"), "none is not a file, a folder"),
+        (("long", "--bases", "7m=tiny"), "tiny draws images of 32 x 32 px, and the scenes have 64"),
     ],
 )
 def test_wrong_arguments_are_refused(monkeypatch, tmp_path, arguments, message):
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["long_grid.py", *arguments, "--out", str(out)])
+    monkeypatch.chdir(tmp_path)
+    write_tiny_base(tmp_path / "tiny")
+    small = ("--images", "2", "--held-out", "1", "--steps", "1", "--workers", "0", "--minutes", "0")
+    monkeypatch.setattr(sys, "argv", ["long_grid.py", *arguments, *small, "--out", str(out)])
     with pytest.raises(ValueError, match=message):
         long_grid.main()
     assert not out.exists()
     with pytest.raises(UserError, match="workers=1000 must be at most 256"):  # was a traceback
         long_grid.LongGrid("long", workers=1000)
+
+
+@pytest.mark.parametrize(("there", "refused"), [("shapes", False), ("mine", True), (None, False)])
+def test_results_of_another_base_are_not_taken_for_the_givens(
+    monkeypatch, tmp_path, there, refused
+):
+    """`ablate.py --base B` printed the table of base A, if it was given the folder of A."""
+    monkeypatch.chdir(tmp_path)
+    grid = long_grid.LongGrid("ablation", out=tmp_path, bases=("base=shapes",))
+    known = {} if there is None else {"weights": there}
+    lines = [{"key": run.key(grid)} | known for run in long_grid.planned(grid)]
+    append(tmp_path, lines, ())
+    with pytest.raises(UserError, match=r"holds results of .*mine") if refused else nullcontext():
+        long_grid.do_what_is_left(grid)
+    with pytest.raises(UserError, match="two have the same name"):
+        long_grid.planned(replace(grid, bases=("a=shapes", "a=other")))
 
 
 @pytest.mark.slow

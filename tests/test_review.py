@@ -263,6 +263,15 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
         write_review(tmp_path / "r", [open_column("x", tmp_path / "a")], title="t")
 
 
+def test_judged_images_that_are_gone_are_named(tmp_path):
+    """The results' folder was said to hold no images."""
+    _folder(tmp_path / "a" / "images", RED)
+    _judge(tmp_path / "a", "")
+    (tmp_path / "a" / "images").rename(tmp_path / "b")
+    with pytest.raises(UserError, match=r"a holds the results of .*images, which does not exist"):
+        open_column("x", tmp_path / "a")
+
+
 def test_results_of_another_program_are_no_verdicts(tmp_path):
     """The folder used to be refused, for FID's scores of it, say."""
     folder = _folder(tmp_path / "a", RED)
@@ -472,8 +481,18 @@ def test_blind_votes_and_notes_are_saved_and_loaded(tab, page, tmp_path):
     tab.run("localStorage.clear()")
     tab.open(page)
     saved = tmp_path / "votes.json"
-    for review, said in ((content["review"], "6 votes and 1 notes"), ("other", "another review")):
-        saved.write_text(json.dumps(content | {"review": review}), encoding="utf-8")
+    votes = content["votes"]
+    for change, said in (
+        ({}, "6 votes and 1 notes"),
+        ({"review": "other"}, "another review"),
+        ({"votes": [*votes[:5], votes[0]]}, "is damaged"),  # was counted twice
+        ({"votes": [None]}, "is damaged"),  # nobody could vote any more
+        ({"votes": [votes[0] | {"choice": "yes"}]}, "is damaged"),
+        ({"notes": "mine"}, "is damaged"),  # later notes were lost
+        (None, "another review"),
+    ):
+        found = None if change is None else content | change
+        saved.write_text(json.dumps(found), encoding="utf-8")
         root = tab.call("DOM.getDocument")["root"]["nodeId"]
         upload = tab.call("DOM.querySelector", nodeId=root, selector="#load")["nodeId"]
         tab.call("DOM.setFileInputFiles", nodeId=upload, files=[str(saved)])

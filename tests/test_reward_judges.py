@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,6 +161,14 @@ def test_arrays_of_one_element_are_numbers(column):
     assert panel.judge("column", [Image.new("RGB", (8, 8))] * 2, [{"prompt": "x"}] * 2) == [1.0] * 2
 
 
+@pytest.mark.parametrize("given", [{0: 1.0, 1: 2.0}, {1.0, 2.0}, "12"])
+def test_answers_whose_order_is_not_the_images_are_refused(given):
+    """The keys of a dict were taken for rewards."""
+    panel = Panel({"answers": lambda *_: given}, {"answers": 1.0}, seconds=30.0, constant=3)
+    with pytest.raises(RewardError, match=r"a number per image .*the images' order"):
+        panel.judge("answers", [Image.new("RGB", (8, 8))] * 2, [{"prompt": "x"}] * 2)
+
+
 def test_a_reward_that_changes_what_it_is_given():
     """Sheets showed the thumbnails, the next reward judged them; without prompts: a traceback."""
 
@@ -244,13 +253,31 @@ def test_judges_in_separate_processes():
     ("name", "words"),
     [
         ("no_such_module:f", "no_such_module:f cannot be imported"),
-        ("reward_functions:no_such", "has no attribute 'no_such'"),
+        ("reward_functions:no_such", r"there is no no_such in .*reward_functions\.py"),
         ("reward_functions:NO_FUNCTION", "is 3, which is not a function"),
     ],
 )
 def test_a_missing_reward_function(name, words):
     with pytest.raises(UserError, match=words):
         own_function(name)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("def f(images, metadata:\n", r"SyntaxError: .* was never closed \(faulty_1.py, line 1\)$"),
+        ("\nx = undefined", r"NameError: .* is not defined \(.*faulty_2.py, line 2\)$"),
+        ("import not_installed", r"No module named 'not_installed' \(.*faulty_3.py, line 1\)$"),
+        ("import sys\nsys.exit(0)", r"SystemExit: 0 \(.*faulty_4.py, line 2\)$"),  # ended the run
+    ],
+)
+def test_errors_while_a_reward_is_imported_name_their_place(tmp_path, monkeypatch, code, words):
+    """They were tracebacks, or blamed Python's path."""
+    name = re.search(r"faulty_\d|$", words)[0] or "faulty"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=f"{name}:f cannot be imported: .*{words}"):
+        own_function(f"{name}:f")
 
 
 def test_missing_weights_are_reported_before_drawing(tmp_path, monkeypatch):

@@ -61,6 +61,18 @@ def test_a_checkpoint_without_facts_about_its_run_is_refused(
     t2i.from_pretrained(folder)  # it still loads as a model
 
 
+def test_a_run_without_checkpoints_is_named_as_such(plain, copied):
+    """It was said not to name its family, or to lack a manifest.json."""
+    folder = copied(plain, "unsaved").parents[1]
+    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / "best", ignore_errors=True)
+    for make in (lambda: None, (folder / "checkpoints").mkdir, (folder / "best").mkdir):
+        make()
+        with pytest.raises(UserError, match=r"a run and holds no checkpoint .yet.: give ") as found:
+            t2i.load_model(folder)
+        assert ("best model" in str(found.value)) == (folder / "best").is_dir()
+
+
 def test_a_renamed_checkpoint_is_refused(plain, copied, tiny_world):
     """Renamed to a later step, it stayed the newest one: later work was not found, and was
     deleted.

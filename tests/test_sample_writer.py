@@ -20,7 +20,7 @@ from t2i.evaluation.draw import fill, numbered_batches, numbered_place, sample_l
 from t2i.evaluation.fid.image_sets import open_images
 from t2i.evaluation.generation_folder import sample_file
 from t2i.evaluation.places import GenerationFolder
-from t2i.files import read_json
+from t2i.files import read_json, write_json
 from t2i.generation import Drawn
 from t2i.imaging import save_png
 from t2i.processes import ALONE, Processes
@@ -227,6 +227,36 @@ def test_images_of_other_settings_are_not_continued(out):
     with pytest.raises(ValueError, match=r"scale None there, 1\.5 now"):
         write(out, settings={"seed": 0, "scale": 1.5})
     assert folder_content(out.parent) == before
+
+
+def test_a_damaged_batch_is_named(tmp_path):
+    """It ended in a traceback; with too few images, in an array that could not be read."""
+    out = tmp_path / "a.npz"
+    with pytest.raises(Killed):
+        write(out, Draw(dies_at=3))
+    part = tmp_path / "a.npz.parts" / "00000000.npy"
+    whole = np.load(part)
+    for content in (whole[1:], whole[:, 1:], whole.astype(float), None):
+        if content is None:
+            part.write_bytes(part.read_bytes()[:-9])
+        else:
+            np.save(part, content)
+        with pytest.raises(UserError, match=r"00000000\.npy is damaged: delete it"):
+            write(out)
+        assert not out.exists()
+    part.unlink()
+    write(out)
+    assert len(np.load(out)["arr_0"]) == 10
+
+
+def test_a_record_with_other_contents_is_other_settings(out):
+    """Facts that are no object ended in a traceback."""
+    with pytest.raises(Killed):
+        write(out, Draw(dies_at=3))
+    record = out.parent / _record(out)
+    write_json(record, read_json(record) | {"weights": {"model": "x"}, "about": ["mine"]})
+    with pytest.raises(UserError, match="another model there"):
+        write(out, settings={"seed": 0, "weights": {"model": "y"}})
 
 
 def test_a_run_stopped_before_its_first_image_claims_nothing(out):

@@ -32,6 +32,7 @@ from t2i.errors import UserError, choose_one
 from t2i.files import json_sha256, writable_folder
 from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.sampling import check_counts, check_seed
+from t2i.sources import lasting
 from t2i.training.config import TrainConfig
 
 _MOST_WORKERS = 256
@@ -139,7 +140,13 @@ def do_what_is_left(grid: LongGrid) -> None:
     """Do the runs that have no result yet."""
     runs = planned(grid)
     writable_folder(grid.out, make=False)
-    done = {line["key"] for line in results(grid.out)}
+    done = {line.get("key"): line.get("weights") for line in results(grid.out)}
+    for run in runs:  # keys have the base's name only; older lines do not record its folder
+        if (there := done.get(run.key(grid))) not in (None, run.weights):
+            raise UserError(
+                f"{grid.out} holds results of {there}, and {run.base} is {run.weights} now: give "
+                "another --out"
+            )
     todo = [run for run in runs if run.key(grid) not in done]
     print(f"{len(todo)} of {len(runs)} runs to do", flush=True)
     if todo:
@@ -162,13 +169,16 @@ def planned(grid: LongGrid) -> list[LongRun]:
     bases = [base.partition("=") for base in grid.bases]
     if not all(weights for _, _, weights in bases):
         raise UserError(f"bases={grid.bases}: write each as name=folder")
+    if len({name for name, _, _ in bases}) < len(bases):
+        raise UserError(f"bases={grid.bases}: two have the same name")
+    folders = {name: lasting(weights) for name, _, weights in bases}
     return [
-        LongRun(base, weights, arm, seed)
+        LongRun(base, folder, arm, seed)
         for stage in stages
         for seed in grid.seeds
         for arm in stage
         if not grid.arms or arm.name in grid.arms
-        for base, _, weights in bases
+        for base, folder in folders.items()
     ]
 
 

@@ -25,12 +25,14 @@ from launch.lab.long_grid import LongGrid, LongRun
 from launch.lab.long_steps import WARM_UP, Trainer
 from launch.lab.result_lines import TASKS, append
 from t2i.data.order import split_indices
+from t2i.errors import UserError
 from t2i.evaluation.evidence import repairs, stage_changes
 from t2i.files import json_sha256, writable_folder
 from t2i.loading import load_backbone, pick_device
 from t2i.models.base import Backbone
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.rng import make_keys
+from t2i.shapes.shapes_source import SIZE
 from t2i.sources import BackboneSource, expand_folder
 from t2i.tensorar import presets
 from t2i.tensorar.method import TensorARConfig
@@ -80,6 +82,12 @@ class GridWorld:
 
     def _loaded(self, weights: str) -> Backbone:
         backbone = load_backbone("llamagen", weights, device=self.device, dtype="float32")
+        if backbone.image_size != (SIZE, SIZE):
+            height, width = backbone.image_size
+            raise UserError(
+                f"{weights} draws images of {width} x {height} px, and the scenes have {SIZE} px: give "
+                "a base of their size"
+            )
         return backbone.requires_grad_(True)
 
     # -- a run -------------------------------------------------------------------------------------
@@ -141,6 +149,7 @@ class GridWorld:
         """Measure a model on held-out scenes, draw images in all ways, and have them judged."""
         grid, scenes, lines = self.grid, self.scenes[run.base], []
         about = {"key": run.key(grid), "base": run.base, "seed": run.seed, "steps": grid.steps}
+        about |= {"weights": run.weights}
         about |= {"control": run.arm.control, "device": _device_name(self.device)}
         batches = held_out_batches(scenes, held)
         facts = facts | long_judge.held_out(model, batches)

@@ -318,8 +318,21 @@ def _pack(parts: Sequence[Path], shape: tuple[int, ...], out: Path) -> None:
         member = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))
         with archive.open(member, "w", force_zip64=True) as target:
             np.lib.format.write_array_header_1_0(target, header)
-            for part in parts:
-                target.write(np.load(part).data)
+            for part, end in zip(parts, [*map(_first, parts[1:]), shape[0]], strict=True):
+                target.write(_batch(part, (end - _first(part), *shape[1:])).data)
+
+
+def _first(part: Path) -> int:
+    return int(part.stem)
+
+
+def _batch(part: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The images of a batch, uint8 of this shape; UserError if its file is damaged."""
+    with suppress(ValueError, EOFError):
+        images = np.load(part)
+        if images.dtype == np.uint8 and images.shape == shape:
+            return images
+    raise UserError(f"{part} is damaged: delete it, and the same command draws it again")
 
 
 # -- comparing settings ----------------------------------------------------------------------------
@@ -340,8 +353,11 @@ def _changes(before: dict, now: dict, compared: set[str]) -> list[str]:
 
 def _who(settings: dict) -> str:
     """The model's name, as the program that drew with it recorded it."""
-    about = settings.get("about", {})
-    return about.get("checkpoint") or about.get("backbone", {}).get("weights") or "another model"
+    about = settings.get("about")
+    about = about if isinstance(about, dict) else {}
+    base = about.get("backbone")
+    base = base if isinstance(base, dict) else {}
+    return about.get("checkpoint") or base.get("weights") or "another model"
 
 
 def _shown(value: object) -> str:

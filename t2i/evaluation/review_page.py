@@ -115,10 +115,12 @@ def open_column(name: str, folder: Path) -> Column:
             f"the results of {folder} are not in the form that a benchmark writes ({error!r}); "
             "judge it again, or delete them to see the images alone"
         ) from error
+    if not images.is_dir():
+        raise UserError(f"{folder} holds the results of {images}, which {no_folder(images)}")
     column = Column(name, images, verdicts, judge)
-    there = column.folders().values() if images.is_dir() else ()
-    if not any(_SAMPLE.fullmatch(name) for folder in there for name in _files_of(folder)):
-        raise UserError(f"{folder} holds no images in GenEval's layout (00000/samples/00000.png)")
+    there = column.folders().values()
+    if not any(_SAMPLE.fullmatch(name) for own in there for name in _files_of(own)):
+        raise UserError(f"{images} holds no images in GenEval's layout (00000/samples/00000.png)")
     return column
 
 

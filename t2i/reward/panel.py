@@ -8,7 +8,7 @@ names the reward and a prompt.
 import atexit
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
@@ -78,6 +78,8 @@ class Panel:
         given = self._ask(name, images, entries)
         about = _example(entries)
         try:
+            if isinstance(given, Mapping | Set | str):  # its keys or letters may be numbers
+                raise TypeError("neither a dict nor a set has the images' order, nor has text")
             # An array of one element is a number; libraries disagree about float() of it.
             values = [float(v.item() if hasattr(v, "item") else v) for v in given]
         except (TypeError, ValueError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 Users give their own function as package.module:function.
 """
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -125,12 +126,23 @@ def own_function(name: str) -> Reward:
     module, _, function = name.partition(":")
     try:
         with defaults_kept():
-            found = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
+            found = getattr(import_module(module), function, None)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise UserError(
+                f"reward.functions: {name} cannot be imported ({error}); the module must be on "
+                "Python's path: PYTHONPATH=FOLDER"
+            ) from error
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        # A SyntaxError says itself where it is.
+        where = "" if isinstance(error, SyntaxError) else f" ({line.filename}, line {line.lineno})"
         raise UserError(
-            f"reward.functions: {name} cannot be imported ({error}); the module must be on "
-            "Python's path: PYTHONPATH=FOLDER"
+            f"reward.functions: {name} cannot be imported: {type(error).__name__}: {error}{where}"
         ) from error
+    if found is None:
+        raise UserError(
+            f"reward.functions: {name}: there is no {function} in {import_module(module).__file__}"
+        )
     if not callable(found):
         raise UserError(f"reward.functions: {name} is {found!r:.80}, which is not a function")
     return found

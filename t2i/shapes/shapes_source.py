@@ -23,19 +23,19 @@ NAME = "shapes"
 DEFAULT_SCENES = 3000
 FINE_TUNING_SEED = 1
 """World of the fine-tuning scenes; the shipped base was pre-trained on world 0."""
-_SIZE = 64
+SIZE = 64
 
 
 class ShapesSource(Source):
     """Scenes 0..n-1 of the fine-tuning world, 64 px."""
 
     def __init__(self, count: int = DEFAULT_SCENES):
-        identity = {"shapes": FINE_TUNING_SEED, "scenes": count, "pixels": _SIZE}
+        identity = {"shapes": FINE_TUNING_SEED, "scenes": count, "pixels": SIZE}
         super().__init__(NAME, identity, count)
 
     def __getitem__(self, index: int) -> Sample:
         scene = sample_scene(FINE_TUNING_SEED, index)
-        return Sample(index, f"scene {index}", render(scene, _SIZE), [scene.prompt])
+        return Sample(index, f"scene {index}", render(scene, SIZE), [scene.prompt])
 
 
 def parse_shapes(text: str) -> ShapesSource | None:

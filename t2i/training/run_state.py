@@ -14,13 +14,20 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from t2i.checkpoint import new_checkpoint, write_model
-from t2i.checkpoint_folders import BEST, newest_healthy, read_config, run_checkpoints, step_folders
+from t2i.checkpoint_folders import (
+    BEST,
+    is_run,
+    newest_healthy,
+    read_config,
+    run_checkpoints,
+    step_folders,
+)
 from t2i.errors import UserError
 from t2i.fields import read_object
 from t2i.files import PARTIAL, REPLACED, owning, read_json, saving, settle_folder, writable_folder
@@ -245,11 +252,7 @@ def _has_results(run_dir: Path) -> bool:
 
 def _is_run(run_dir: Path) -> bool:
     """Whether a run has begun in this folder."""
-    if _has_results(run_dir):
-        return True
-    with suppress(UserError):
-        return "plan" in read_object(run_dir / "config.json")
-    return False
+    return _has_results(run_dir) or is_run(run_dir)
 
 
 def _refuse_foreign(run_dir: Path) -> None:

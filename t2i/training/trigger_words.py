@@ -45,8 +45,18 @@ def _words(text: str) -> list[str]:
 
 def trigger_of(training: dict) -> str | None:
     """The trigger words in what a checkpoint or an export stores about its training."""
-    of_run = training.get("config", {}).get("data", {}).get("trigger")
-    return of_run or training.get(TRIGGER)
+    return run_settings(training).get("data", {}).get("trigger") or training.get(TRIGGER)
+
+
+def run_settings(training: dict) -> dict:
+    """The settings of the run that wrote these facts; empty if none did: users' own facts
+    (`t2i.save_pretrained`) may have a "config" as well.
+    """
+    run = training.get("config")
+    parts = ("data", "optim", "engine")
+    if isinstance(run, dict) and all(isinstance(run.get(part, {}), dict) for part in parts):
+        return run
+    return {}
 
 
 def with_trigger(training: dict, prompt: str) -> str:

@@ -36,8 +36,14 @@ async function load(file) {
   } catch {
     return say(`${file.name} is not JSON`);
   }
-  if (found.review !== review.id || !Array.isArray(found.votes)) {
+  if (found?.review !== review.id || !Array.isArray(found.votes)) {
     return say(`${file.name} belongs to another review: its notes and votes are not of these images`);
+  }
+  // Two votes on a pair, or a vote on none, would count and could not be seen or taken back.
+  const open = new Set(pairs.map(keyOf));
+  const fits = (v) => v?.choice in CHOICES && open.delete(JSON.stringify([v.prompt, v.sample, v.models]));
+  if (!found.votes.every(fits) || (found.notes ?? {}).constructor !== Object) {
+    return say(`${file.name} is damaged: load a file as it was saved`);
   }
   kept.notes = found.notes ?? {};
   kept.votes = found.votes;
@@ -275,10 +281,11 @@ function allPairs() {
 
 const pairs = allPairs();
 const nameOf = (pair) => [pair.prompt.folder, pair.sample, pair.models.map((m) => m.name)];
-const sameVote = (vote, pair) => JSON.stringify([vote.prompt, vote.sample, vote.models]) === JSON.stringify(nameOf(pair));
+const keyOf = (pair) => JSON.stringify(nameOf(pair));
 
 function vote() {
-  const open = pairs.find((pair) => !kept.votes.some((v) => sameVote(v, pair)));
+  const voted = new Set(kept.votes.map((v) => JSON.stringify([v.prompt, v.sample, v.models])));
+  const open = pairs.find((pair) => !voted.has(keyOf(pair)));
   const done = make("button", { type: "button", textContent: "Result" });
   done.addEventListener("click", result);
   const undo = make("button", { type: "button", textContent: "Undo (u)", disabled: !kept.votes.length });
