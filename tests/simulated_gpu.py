@@ -57,6 +57,8 @@ def build(folder: Path) -> Path:
 
 
 class GPUTensor(torch.Tensor):
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
     @staticmethod
     def __new__(cls, held):
         geometry = {"strides": held.stride(), "storage_offset": held.storage_offset()}
@@ -89,20 +91,17 @@ class GPUTensor(torch.Tensor):
     def __reduce_ex__(self, protocol):
         raise AssertionError("a GPU's tensor is pickled: only a machine with a GPU could read it")
 
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is torch.Tensor.backward:  # hooks that it calls need this function, too
-            names = {"gradient": "grad_tensors"}
-            kwargs = {names.get(name, name): value for name, value in kwargs.items()}
-            return torch.autograd.backward(*args, **kwargs)
-        if function is torch.Tensor.tolist:
-            return args[0].cpu().tolist()
-        with torch._C.DisableTorchFunctionSubclass():
-            result = function(*args, **kwargs)
-        if function == torch.Tensor.data.__set__:
-            args[0].held = args[1].held.detach()
-        return result
+    def tolist(self):
+        return self.cpu().tolist()
+
+    @property
+    def data(self):
+        return self.detach()
+
+    @data.setter
+    def data(self, value):
+        torch.Tensor.data.__set__(self, value)
+        self.held = value.held.detach()
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):

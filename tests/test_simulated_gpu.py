@@ -34,13 +34,15 @@ def simulate(tmp_path_factory):
     graphs, waits for the GPU. The program must succeed.
     """
     library = build(tmp_path_factory.mktemp("simulated_gpu"))
-    simulator = [sys.executable, str(ROOT / "tests" / "simulated_gpu.py"), str(library)]
+    simulator = [str(ROOT / "tests" / "simulated_gpu.py"), str(library)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
-    def run(*command) -> dict[str, int]:
+    def run(*command, processes: int = 1) -> dict[str, int]:
+        several = [*torchrun, str(processes)] if processes > 1 else []
         # Training in this process would have chosen the CPU for its children.
         environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
         done = subprocess.run(
-            [*simulator, *map(str, command)],
+            [sys.executable, *several, *simulator, *map(str, command)],
             cwd=ROOT,
             env=environment | {"TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
@@ -101,15 +103,21 @@ def test_replays_read_what_is_there_then(simulate, tmp_path):
 
 
 def test_a_run(plain, simulate, tiny_world):
-    """Under ZeRO-2 it trains as on the CPU without ZeRO, and continues from its checkpoint."""
+    """Under ZeRO-3 it trains as on the CPU without ZeRO, and continues from its checkpoint."""
     options = plain_options(tiny_world, "gpu")
-    stage = ("--engine.zero-stage", 2, "--log.save-every", 2)
+    stage = ("--engine.zero-stage", 3, "--log.save-every", 2)
     program = ["launch/train_llamagen.py", *options, *FP32, *stage]
     simulate(*program)
     assert_same_metrics(metrics(tiny_world, "gpu"), metrics(tiny_world, "plain"), SAME_SUM)
     shutil.rmtree(tiny_world / "runs" / "gpu" / "checkpoints" / "step_000003")
     simulate(*program, "--resume")
     assert_same_metrics(metrics(tiny_world, "gpu"), metrics(tiny_world, "plain"), SAME_SUM)
+
+
+def test_two_gpus_train_as_one(plain, simulate, tiny_world):
+    options = [*plain_options(tiny_world, "gpus"), *FP32, "--engine.zero-stage", 2]
+    simulate("launch/train_llamagen.py", *options, processes=2)
+    assert_same_metrics(metrics(tiny_world, "gpus"), metrics(tiny_world, "plain"), SAME_SUM)
 
 
 def test_own_drafts_lora_and_samples(simulate, tiny_world):
