@@ -173,9 +173,7 @@ def held_by(x):
 def compute_held(function, args, kwargs):
     """An operation on tensors of the CPU, also if the CPU has none like it."""
     packet, aten = function.overloadpacket, torch.ops.aten
-    if (
-        packet is aten._conj
-    ):  # the bit of a view that is still to be conjugated is lost in a wrapper
+    if packet is aten._conj:  # a wrapper does not know that a view is still to be conjugated
         return torch.conj_physical(*args)
     if packet is aten._fused_rms_norm_backward:
         return rms_norm_backward(*args)

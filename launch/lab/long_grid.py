@@ -32,7 +32,6 @@ from t2i.errors import UserError, choose_one
 from t2i.files import json_sha256, writable_folder
 from t2i.models.llamagen.llamagen_recipes import text_recipes
 from t2i.sampling import check_counts, check_seed
-from t2i.sources import lasting
 from t2i.training.config import TrainConfig
 
 _MOST_WORKERS = 256
@@ -159,6 +158,8 @@ def planned(grid: LongGrid) -> list[LongRun]:
     Raises:
         UserError: there is no such grid or arm, or a base is not name=folder.
     """
+    from t2i.sources import lasting
+
     if grid.grid not in LONG_GRIDS:
         raise UserError(f"unknown grid {grid.grid!r}; {choose_one(grid.grid, LONG_GRIDS)}")
     stages = LONG_GRIDS[grid.grid]
