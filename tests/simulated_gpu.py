@@ -2,10 +2,10 @@
 
     python tests/simulated_gpu.py LIBRARY launch/generate.py --ckpt shapes --prompt "..."
 
-`build` makes the library. What this can find without a GPU: operations that mix devices, waits for
-the device and copies from it while a CUDA graph is recorded, Python numbers that a graph freezes,
-branches for GPUs that compute other numbers. It says nothing about time, memory, kernels or
-compilers.
+LIBRARY is compiled first if it does not exist (15 s). What this can find without a GPU: operations
+that mix devices, waits for the device and copies from it while a CUDA graph is recorded, Python
+numbers that a graph freezes, branches for GPUs that compute other numbers. It says nothing about
+time, memory, kernels or compilers.
 
 A `GPUTensor` holds a tensor of the CPU; its own device is "cuda:0", also in C++, so that PyTorch
 chooses what it would choose on a GPU (autocast, say). `Simulation` sees every operation below
@@ -16,6 +16,7 @@ written for the version that requirements.lock names.
 import atexit
 import contextlib
 import ctypes
+import os
 import runpy
 import subprocess
 import sys
@@ -26,8 +27,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-if __name__ == "__main__":  # it must be there before PyTorch looks for a driver
-    library = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+if __name__ == "__main__":  # before PyTorch is imported, which looks for a driver
+    path = Path(sys.argv[1])
+    if not path.exists():
+        home = Path(find_spec("torch").origin).parent
+        flags = [
+            "-O0",
+            "-std=c++20",
+            "-fPIC",
+            "-shared",
+            "-w",
+            f"-I{home}/include",
+            f"-L{home}/lib",
+        ]
+        links = ["-ltorch_cpu", "-lc10", f"-Wl,-rpath,{home}/lib"]
+        source, new = Path(__file__).with_suffix(".cpp"), f"{path}.{os.getpid()}"
+        subprocess.run(["c++", *flags, source, *links, "-o", new], check=True)
+        os.replace(new, path)
+    library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 import torch
 from torch import nn
@@ -44,16 +61,6 @@ NAME, MEMORY = "simulated GPU", 24 << 30
 recording: list[list] = []  # operations of the graph that is being recorded
 overwritten: dict[int, tuple] = {}  # what recording overwrote: storage and former content
 counts: Counter[str] = Counter()
-
-
-def build(folder: Path) -> Path:
-    """Compile the library (15 s)."""
-    source, library = Path(__file__).with_suffix(".cpp"), folder / "simulated_gpu.so"
-    home = Path(find_spec("torch").origin).parent
-    links = [f"-L{home}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{home}/lib"]
-    flags = ["-O0", "-std=c++20", "-fPIC", "-shared", "-w", f"-I{home}/include"]
-    subprocess.run(["c++", *flags, source, *links, "-o", library], check=True)
-    return library
 
 
 class GPUTensor(torch.Tensor):

@@ -15,7 +15,6 @@ from helpers import folder_content
 from PIL import Image
 from programs import ROOT, launch
 from runs import SAME_SUM, assert_same_metrics, metrics, plain_options
-from simulated_gpu import build
 
 from t2i.tensorar.speed import compiler_lacks
 
@@ -33,7 +32,7 @@ def simulate(tmp_path_factory):
     """Runs a program on the simulated GPU and returns what it counted there: operations, replays of
     graphs, waits for the GPU. The program must succeed.
     """
-    library = build(tmp_path_factory.mktemp("simulated_gpu"))
+    library = tmp_path_factory.mktemp("simulated_gpu") / "library.so"
     simulator = [str(ROOT / "tests" / "simulated_gpu.py"), str(library)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
@@ -44,7 +43,7 @@ def simulate(tmp_path_factory):
         done = subprocess.run(
             [sys.executable, *several, *simulator, *map(str, command)],
             cwd=ROOT,
-            env=environment | {"TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(ROOT)},
+            env=environment | {"TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -153,6 +152,43 @@ def test_drawing(plain, simulate, tiny_world, tmp_path):
     # One by one, no step waits; with speculation each call does, once.
     assert waits["graphs-off"] == waits["eager-off"]
     assert 0 < waits["graphs-4"] - waits["graphs-off"] < CODES
+
+
+def test_every_family(simulate, tmp_path):
+    """With TensorAR, a new backbone's codes and losses are those of the CPU."""
+    (tmp_path / "families.py").write_text("""if True:
+        import torch
+        from helpers import BACKBONES, open_gates, tiny_codes, tiny_prepared
+
+        from t2i.rng import make_keys
+        from t2i.sampling import SamplingConfig
+        from t2i.tensorar import presets
+        from t2i.tensorar.model import TensorAR
+        from t2i.tensorar.sampler import sample_windows
+
+        config, shared = SamplingConfig(cfg_scale=2.0, top_k=20, renoise=0.5), torch.arange(3)
+        for name, make in BACKBONES.items():
+            model = open_gates(TensorAR(make(), presets.iclr2026()).eval())
+            drawn, losses = [], []
+            for device, speed, ahead in [("cpu", "eager", 0), ("cuda", "graphs", 0), ("cuda", "graphs", 3)]:
+                model.to(device)
+                prepared = tiny_prepared(model.backbone, 3)
+                keys = make_keys(0, shared).to(device)
+                windows = sample_windows(model, prepared, keys, config, speed=speed, speculate=ahead)
+                assert windows.device.type == device, name
+                drawn.append(windows.cpu())
+                codes = tiny_codes(model.backbone, 3, 16).to(device)
+                condition = model.backbone.encode_condition(prepared)
+                inputs = model.training_windows(codes, condition, keys)
+                found = model(codes, condition, inputs)
+                found.loss.backward()
+                norm = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None)
+                losses.append(torch.stack([found.loss, norm]).detach().cpu())
+                model.zero_grad()
+            assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2]), name
+            torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
+    """)
+    assert simulate(tmp_path / "families.py")["replays"] > 0
 
 
 def test_drawing_in_bf16(plain, simulate, tiny_world, tmp_path):
