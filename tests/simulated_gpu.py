@@ -42,7 +42,9 @@ if __name__ == "__main__":  # before PyTorch is imported, which looks for a driv
         ]
         links = ["-ltorch_cpu", "-lc10", f"-Wl,-rpath,{home}/lib"]
         source, new = Path(__file__).with_suffix(".cpp"), f"{path}.{os.getpid()}"
-        subprocess.run(["c++", *flags, source, *links, "-o", new], check=True)
+        subprocess.run(
+            [os.environ.get("CXX", "c++"), *flags, source, *links, "-o", new], check=True
+        )
         os.replace(new, path)
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
