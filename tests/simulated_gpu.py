@@ -31,20 +31,11 @@ if __name__ == "__main__":  # before PyTorch is imported, which looks for a driv
     path = Path(sys.argv[1])
     if not path.exists():
         home = Path(find_spec("torch").origin).parent
-        flags = [
-            "-O0",
-            "-std=c++20",
-            "-fPIC",
-            "-shared",
-            "-w",
-            f"-I{home}/include",
-            f"-L{home}/lib",
-        ]
-        links = ["-ltorch_cpu", "-lc10", f"-Wl,-rpath,{home}/lib"]
+        flags = ["-O0", "-std=c++20", "-fPIC", "-shared", "-w"]
+        places = [f"-I{home}/include", f"-L{home}/lib", f"-Wl,-rpath,{home}/lib"]
         source, new = Path(__file__).with_suffix(".cpp"), f"{path}.{os.getpid()}"
-        subprocess.run(
-            [os.environ.get("CXX", "c++"), *flags, source, *links, "-o", new], check=True
-        )
+        compiler = [os.environ.get("CXX", "c++"), *flags, *places]
+        subprocess.run([*compiler, source, "-ltorch_cpu", "-lc10", "-o", new], check=True)
         os.replace(new, path)
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
