@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny_janus, tiny_llamagen, tiny_prepared
-from programs import program, refused
+from programs import launch, program, refused
 
 from launch import benchmark
 from launch.measure import peers, roofline, scaling, timed_sampling, timed_training
@@ -362,3 +362,23 @@ def test_a_group_that_does_not_fit_into_memory_is_a_row(tmp_path, monkeypatch):
     program(benchmark, *words, "--out", tmp_path / "v1.0")
     (row,) = json.loads((tmp_path / "v1.0.json").read_text())["rows"]["sampling"]
     assert "tiny-class" in row["contender"] and "out of memory" in row["error"]
+
+
+def test_a_contenders_threads_end_with_its_turn():
+    """Idle teams of OpenMP threads made the steps of others twice as long."""
+    launch(
+        "-c",
+        """if True:
+        import os, torch
+        from launch.measure.turns import release_threads
+
+        torch.set_num_threads(4)
+        before = len(os.listdir("/proc/self/task"))
+        torch.ones(1_000_000).add_(1)
+        computing = len(os.listdir("/proc/self/task"))
+        release_threads()
+        after = len(os.listdir("/proc/self/task"))
+        assert (before, computing, after) == (before, before + 3, before), (before, computing, after)
+        assert torch.ones(1_000_000).add_(1).sum() == 2_000_000
+        """,
+    )
