@@ -133,7 +133,8 @@ def compute(function, args, kwargs):
     check_devices(function, name, args, ours, others)
     to_host = asked == "cpu" or (name == "copy_" and not isinstance(args[0], GPUTensor))
     from_host = not ours if name in MOVES else name == "copy_" and bool(others)
-    counts["waits"] += name in WAITS or to_host
+    waits_to_send = from_host and not kwargs.get("non_blocking")
+    counts["waits"] += name in WAITS or to_host or waits_to_send
     counts["operations"] += 1
     if recording:
         assert name not in WAITS and not to_host and not from_host, f"while recording: {function}"

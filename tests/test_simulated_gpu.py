@@ -133,6 +133,17 @@ def test_own_drafts_lora_and_samples(simulate, tiny_world):
     assert_same_metrics(metrics(tiny_world, "janus"), expected, SAME_SUM)
 
 
+def test_micro_batches_do_not_wait(plain, simulate, tiny_world):
+    """A GPU gets them, and draws own drafts, while this process goes on."""
+    waits = []
+    for steps in (1, 3):
+        options = plain_options(tiny_world, f"steps-{steps}")
+        program = ["launch/train_llamagen.py", *options, "--method.own-drafts", 0.5]
+        waits.append(simulate(*program, "--engine.micro-batch", 1, "--steps", steps)["waits"])
+    micro_batches = 16  # of each step
+    assert 0 < waits[1] - waits[0] < micro_batches
+
+
 def test_drawing(plain, simulate, tiny_world, tmp_path):
     """Images are those of the CPU, and the same step by step, by graphs and with speculation."""
     prompts = ("--prompt", "a photo of a red circle", "--samples", "2")

@@ -70,7 +70,7 @@ class TrainingStep:
         self.model, self.prepared, self.autocast = model, prepared, autocast
         self.compiled = compiled
         self.codes = random_codes(model.backbone, batch)
-        self.keys = torch.arange(batch, device=self.codes.device)
+        self.keys = torch.arange(batch)
         self.optimizer = optimizer
 
     def loss(self, condition: Condition, windows: Tensor) -> Tensor:

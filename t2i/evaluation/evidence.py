@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from t2i.generation import Drawn
+from t2i.models.conditions import to_device
 from t2i.rng import fold
 from t2i.sampling import SamplingConfig, SubTokenSampling
 from t2i.tensorar.drawing import candidates, rules
@@ -181,12 +182,13 @@ def of_known(model: TensorAR, batches: Iterable) -> Known:
     found: dict[str, dict[str, list[Tensor]]] = {}
     for batch in batches:
         condition = model.backbone.encode_condition(batch.prepared)
-        inputs = {"own_drafts": model.own_draft_windows(batch.codes, condition, batch.keys)}
+        keys = to_device(batch.keys, batch.codes.device)
+        inputs = {"own_drafts": model.own_draft_windows(batch.codes, condition, keys)}
         if model.windows.stages > 1:
-            inputs["noised_truth"] = model.noised_windows(batch.codes, batch.keys)
+            inputs["noised_truth"] = model.noised_windows(batch.codes, keys)
         truth = model.windows.gather(batch.codes)
         for kind, windows in inputs.items():
-            noise = batch.keys if kind == "noised_truth" and model.uses_gaussian_noise else None
+            noise = keys if kind == "noised_truth" and model.uses_gaussian_noise else None
             predicted = predict(model, batch.prepared, windows, truth, gaussian_keys=noise)
             kept = found.setdefault(kind, {"loss": [], "entropy": []})
             kept["loss"].append(by_slot(-predicted.log_probs, model.windows).cpu())
@@ -227,9 +229,9 @@ def repairs(model: TensorAR, control: TensorAR, batches: Iterable) -> dict[str, 
     assert model.config.k > 1, "needs drafts"
     counts = torch.zeros(2, 2, 2)  # draft right, model right, control right
     for batch in batches:
-        own = model.own_draft_windows(
-            batch.codes, model.backbone.encode_condition(batch.prepared), batch.keys
-        )
+        keys = to_device(batch.keys, batch.codes.device)
+        condition = model.backbone.encode_condition(batch.prepared)
+        own = model.own_draft_windows(batch.codes, condition, keys)
         truth = batch.codes[:, 1:]
         outcomes = [(own[:, :-1, 1] == truth).all(-1)]
         for m, windows in ((model, own), (control, control.windows.gather(batch.codes))):
@@ -256,5 +258,5 @@ def _first_slot(model: TensorAR, batch, windows: Tensor) -> Tensor:
     """Codes int64 [B, T, S] drawn for slot 0 of every window, given input windows."""
     condition = model.backbone.encode_condition(batch.prepared)
     d_BND = model.decode_slots(model.hidden(condition, windows))[:, :, 0]
-    position_N = torch.arange(d_BND.shape[1], device=batch.keys.device)
-    return model.draw(d_BND, fold(batch.keys[:, None], 5000, position_N))
+    position_N = torch.arange(d_BND.shape[1])
+    return model.draw(d_BND, to_device(fold(batch.keys[:, None], 5000, position_N), d_BND.device))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.models.conditions import CaptionFeatures, Condition, class_ids
+from t2i.models.conditions import CaptionFeatures, Condition, class_ids, to_device
 from t2i.models.kv_cache import KVCache
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.sampling import SamplingConfig
@@ -194,7 +194,7 @@ class Backbone(nn.Module, ABC):
         length: number of tokens to pad the prefix to, where its length varies with the prompts
             (`prefix_length` of a larger set of prompts).
         """
-        return {"labels": class_ids(conditions, self.spec.num_classes).to(self.device)}
+        return {"labels": to_device(class_ids(conditions, self.spec.num_classes), self.device)}
 
     def prefix_length(self, conditions: Sequence) -> int:
         """Number of prefix tokens of the longest of these conditions, as `length` for `prepare`."""

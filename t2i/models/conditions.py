@@ -1,5 +1,5 @@
 """Conditions: checks of the captions and class labels that users give, the interface of caption
-encoders, padding, and encoded conditions as a trunk reads them.
+encoders, padding, the way to the device, and encoded conditions as a trunk reads them.
 
 Shapes: B batch, P prefix length, D model width, C width of a caption's features.
 """
@@ -57,6 +57,13 @@ def _class_id(value: Any, place: int, num_classes: int) -> int:
             f"between 0 and {num_classes - 1}"
         )
     return label
+
+
+def to_device(x: "Tensor", device: "torch.device") -> "Tensor":
+    """`x.to(device)`, but a GPU gets it without this process waiting for the GPU's earlier work."""
+    if device.type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def left_pad(rows: "Sequence[Tensor]", length: int, fill: float = 0) -> "tuple[Tensor, Tensor]":

@@ -19,6 +19,7 @@ from t2i.errors import NotFiniteError
 from t2i.files import saving
 from t2i.generation import Drawn, draw_images
 from t2i.imaging import grid, save_png
+from t2i.models.conditions import to_device
 from t2i.reward.panel import Panel, RewardError
 from t2i.reward.policy import (
     SUMS,
@@ -195,9 +196,9 @@ class RewardRun(Run):
             # Every process must take every pass; without an image of its own, one of weight 0.
             weighs = len(rows) > 0
             rows = rows if weighs else torch.tensor([0])
-            of = image[rows, 0].to(device)
-            own = {name: value.to(device)[of] for name, value in prepared.items()}
-            drawn = windows[rows].to(device)
+            of = to_device(image[rows, 0], device)
+            own = {name: value[of] for name, value in prepared.items()}
+            drawn = to_device(windows[rows], device)
             scored = (self.model, own, drawn, config.reward.sampling)
             start: Tensor | Distributions
             with self.start.applied():
@@ -206,7 +207,7 @@ class RewardRun(Run):
                 else:
                     start = code_distributions(*scored[:3], teacher)
             before = score_codes(*scored).log_p if config.reward.updates > 1 else None
-            gain, part = gains[rows].to(device), weighs * share[rows].to(device)
+            gain, part = (to_device(x[rows], device) for x in (gains, weighs * share))
             yield DrawnBatch(drawn, own, gain, part, start, before)
 
     def _update(self, batches: Iterable[DrawnBatch]) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from t2i.models.base import Backbone, parameter_count
-from t2i.models.conditions import Condition
+from t2i.models.conditions import Condition, to_device
 from t2i.rng import fold, integers, normals, uniforms
 from t2i.sampling import Speculate, Speed
 from t2i.tensorar.codec import Codec
@@ -118,20 +118,21 @@ class TensorAR(nn.Module):
         """Input windows of a training step, int64 [B, N, k, S]: true codes with noise or, for the
         configured share of samples, own drafts.
 
+        keys: int64 [B]; on the CPU, so that choosing samples does not wait for a GPU.
         progress: share of the run that is completed, for annealing.
         """
-        windows = self.noised_windows(codes, keys)
+        device = codes.device
+        windows = self.noised_windows(codes, to_device(keys, device))
         share = self.config.own_drafts * (progress if self.config.anneal else 1.0)
         if share == 0 or self.config.k == 1:
             return windows
         # Only the chosen rows take a second pass, but at least one row does: under ZeRO-3 all
         # processes must take part in a pass.
         chosen = torch.nonzero(uniforms(fold(keys, 2001)) < share)[:, 0]
-        rows = chosen if len(chosen) else torch.zeros(1, dtype=torch.long, device=keys.device)
-        own = self.own_draft_windows(
-            codes[rows], condition.rows(rows), fold(keys[rows], 2000), passes=1
-        )
-        return windows.index_copy(0, chosen, own[: len(chosen)])
+        some = chosen if len(chosen) else chosen.new_zeros(1)
+        rows, own_keys = to_device(some, device), to_device(fold(keys[some], 2000), device)
+        own = self.own_draft_windows(codes[rows], condition.rows(rows), own_keys, passes=1)
+        return windows.index_copy(0, rows[: len(chosen)], own[: len(chosen)])
 
     def embed_windows(
         self,

@@ -15,6 +15,7 @@ from t2i.data.samples import Source
 from t2i.data.store import CodeStore
 from t2i.errors import UserError, shorten
 from t2i.models.base import Backbone
+from t2i.models.conditions import to_device
 from t2i.processes import Processes
 from t2i.rng import fold, make_keys, uniforms
 from t2i.training.config import TrainConfig
@@ -35,7 +36,7 @@ class Batch:
     prepared: dict[str, Tensor]
     """Conditions, as `Backbone.prepare` gives them."""
     keys: Tensor
-    """int64 [B], random keys of the noise."""
+    """int64 [B], random keys of the noise, on the CPU."""
     drop: Tensor | None
     """bool [B], samples that lose their condition."""
     progress: float
@@ -156,10 +157,10 @@ class TrainingData:
                 raise
             raise UserError(f"{error} (in one of {self.names(indices)})") from error
         return Batch(
-            codes.to(device),
-            {name: value.to(device) for name, value in prepared.items()},
-            keys.to(device),
-            None if drop is None else drop.to(device),
+            to_device(codes, device),
+            {name: to_device(value, device) for name, value in prepared.items()},
+            keys,
+            None if drop is None else to_device(drop, device),
             progress,
             indices,
         )

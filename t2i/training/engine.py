@@ -20,6 +20,7 @@ from t2i import launcher
 from t2i.errors import UserError
 from t2i.files import read_json
 from t2i.loading import find_gpu, warn_of_emulation
+from t2i.models.conditions import to_device
 from t2i.processes import Processes, joining, local_gpu
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.speed import compiler_lacks
@@ -218,7 +219,8 @@ class TrainingLoss(nn.Module):
         with autocast(self.precision, batch.codes.device):
             condition = model.backbone.encode_condition(batch.prepared, batch.drop)
             windows = model.training_windows(batch.codes, condition, batch.keys, batch.progress)
-            gaussian = batch.keys if model.uses_gaussian_noise else None
+            noise = model.uses_gaussian_noise
+            gaussian = to_device(batch.keys, windows.device) if noise else None
             losses = model(batch.codes, condition, windows, gaussian)
             return losses.loss, losses.sums, losses.counts
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from t2i.models.conditions import to_device
 from t2i.tensorar.model import TensorAR
 from t2i.training.batches import Batch, TrainingData
 
@@ -34,9 +35,10 @@ class Validation:
 def batch_losses(model: TensorAR, batch: Batch) -> tuple[Tensor, Tensor]:
     """Sums and counts by slot for both kinds of input [2, 2, k]; the windows of own drafts."""
     condition = model.backbone.encode_condition(batch.prepared)
-    noised = model.noised_windows(batch.codes, batch.keys)
-    own = model.own_draft_windows(batch.codes, condition, batch.keys)
-    gaussian = batch.keys if model.uses_gaussian_noise else None
+    keys = to_device(batch.keys, batch.codes.device)
+    noised = model.noised_windows(batch.codes, keys)
+    own = model.own_draft_windows(batch.codes, condition, keys)
+    gaussian = keys if model.uses_gaussian_noise else None
     found = [
         model(batch.codes, condition, noised, gaussian),
         model(batch.codes, condition, own, None),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from t2i.errors import UserError, naming
 from t2i.models.base import AS_PUBLISHED, BackboneSpec, LoadOptions
 from t2i.models.blocks import LlamaBackbone
-from t2i.models.conditions import Condition
+from t2i.models.conditions import Condition, to_device
 from t2i.models.janus import janus_config
 from t2i.models.janus import janus_weights as names
 from t2i.models.janus.janus_config import JanusShape
@@ -206,7 +206,7 @@ class Janus(LlamaBackbone):
         ids, mask = self.prompts.batch(conditions, length)
         null = self.prompts.unconditional(ids, mask)
         prepared = {"ids": ids, "null_ids": null, "mask": mask}
-        return {name: value.to(self.device) for name, value in prepared.items()}
+        return {name: to_device(value, self.device) for name, value in prepared.items()}
 
     def made_up_conditions(self, batch: int, length: int) -> dict[str, Tensor]:
         ids = torch.full((batch, length), 5, device=self.device)

@@ -26,7 +26,7 @@ from t2i.models.blocks import (
     RMSNorm,
     normal_weights,
 )
-from t2i.models.conditions import CaptionFeatures, Condition, left_pad
+from t2i.models.conditions import CaptionFeatures, Condition, left_pad, to_device
 from t2i.models.llamagen.captions import caption_losses, clean_caption
 from t2i.models.tokenizers.vq import VQTokenizer
 from t2i.models.weight_file import GIVE_GRID, GIVE_SHAPE, WeightFileBackbone, published_size
@@ -193,7 +193,7 @@ class LlamaGen(WeightFileBackbone, LlamaBackbone):
 
     def collate_features(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
         padded, mask = left_pad(features, self.config.caption_tokens)
-        return {"features": padded.to(self.device), "mask": mask.to(self.device)}
+        return {"features": to_device(padded, self.device), "mask": to_device(mask, self.device)}
 
     def made_up_conditions(self, batch: int, length: int) -> dict[str, Tensor]:
         if self.config.cond == "class":
