@@ -2,6 +2,7 @@
 processes, and in an order that scores can use.
 """
 
+import errno
 import json
 import os
 import time
@@ -44,11 +45,12 @@ class Draw:
         return [Drawn(*j, 0, Image.fromarray(p), None) for j, p in zip(batch, pixels, strict=True)]
 
 
-def write(out, draw=None, settings=None, batch_size=3, processes=None, size=SIZE):
+def write(out, draw=None, settings=None, batch_size=3, processes=None, size=SIZE, overlap=False):
     place = numbered_place(out, 10, processes or Processes(patience=20))
     settings = settings or {"seed": 0}
     place.claim({**settings, "count": 10, "size": list(size), "batch_size": batch_size}, {})
-    fill(place, numbered_batches(10, batch_size), draw or Draw(), progress=False)
+    batches = numbered_batches(10, batch_size)
+    fill(place, batches, draw or Draw(), overlap=overlap, progress=False)
     return out
 
 
@@ -84,12 +86,13 @@ def test_png_files_are_written(tmp_path):
     assert np.asarray(Image.open(out / "000007.png")).tolist() == np.full((*SIZE, 3), 7).tolist()
 
 
-def test_resume_after_a_kill_between_batches(out):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_resume_after_a_kill_between_batches(out, overlap):
     killed = Draw(dies_at=2)
     with pytest.raises(Killed):
-        write(out, killed)
+        write(out, killed, overlap=overlap)
     rest = Draw()
-    write(out, rest)
+    write(out, rest, overlap=overlap)
     assert killed.drawn + rest.drawn == [(0, 3), (3, 6), (6, 9), (9, 10)]
     check(out)
     again = Draw()
@@ -98,6 +101,38 @@ def test_resume_after_a_kill_between_batches(out):
     write(out.with_name("whole").with_suffix(out.suffix))
     found = folder_content(out.parent)
     assert found.pop(_record(out)) and all("part" not in name for name in found)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_next_batch_is_drawn_while_one_is_written(out, monkeypatch, overlap):
+    draw = Draw()
+    kind = type(numbered_place(out, 10))
+    write_part, ahead = kind.write, []
+
+    def write_late(self, images):
+        batch = images[0].prompt_index // 3 + 1
+        deadline = time.monotonic() + (20 if overlap else 0)
+        while len(draw.drawn) < min(batch + 1, 4) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        ahead.append(len(draw.drawn) - batch)
+        write_part(self, images)
+
+    monkeypatch.setattr(kind, "write", write_late)
+    write(out, draw, overlap=overlap)
+    assert set(ahead) == ({0, 1} if overlap else {0})
+    check(out)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_full_disk_ends_drawing(out, monkeypatch, overlap):
+    def full(self, images):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(numbered_place(out, 10)), "write", full)
+    draw = Draw()
+    with pytest.raises(UserError, match=f"cannot write {out}: no space is left"):
+        write(out, draw, overlap=overlap)
+    assert len(draw.drawn) == (2 if overlap else 1)
 
 
 def _record(out):

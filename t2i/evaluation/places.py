@@ -140,9 +140,13 @@ class Place(ABC):
     def missing(self, batch: Sequence[Job]) -> set[Job]:
         """The images of a batch that the place lacks; call `claim` first."""
 
+    def parts(self, images: Sequence[Drawn]) -> list[Sequence[Drawn]]:
+        """Split the missing images of a batch into parts, which may be written at the same time."""
+        return [[one] for one in images]
+
     @abstractmethod
     def write(self, images: Sequence[Drawn]) -> None:
-        """Add the missing images of a batch."""
+        """Add a part of a batch."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -285,6 +289,9 @@ class ImageArray(Place):
         # The order matters: parts are removed once OUT exists.
         done = self._part(batch[0][0]).exists() or self.out.exists()
         return set() if done else set(batch)
+
+    def parts(self, images: Sequence[Drawn]) -> list[Sequence[Drawn]]:
+        return [images]  # one file
 
     def write(self, images: Sequence[Drawn]) -> None:
         self._folder.mkdir(exist_ok=True)
