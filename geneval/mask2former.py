@@ -7,8 +7,8 @@ transformers' processor, which resizes masks by nearest neighbor. In particular:
 - a mask is enlarged twice: to the padded input, then, with the padding cut off, to the image;
 - score = class probability x mean probability inside the mask; overlaps are not suppressed.
 
-Images go through mmdet 2.28's test pipeline, here in numpy: they are scaled so that the long side
-is at most 1333 and the short side at most 800 pixels, with OpenCV's bilinear resize (no
+Images go through mmdet 2.28's test pipeline, on the model's device: they are scaled so that the
+long side is at most 1333 and the short side at most 800 pixels, with OpenCV's bilinear resize (no
 antialiasing, integer arithmetic); padded on the right and below with gray to a multiple of 32; then
 normalized. The resize is bit-exact, because one gray level on a tenth of the pixels is enough to
 flip the network's attention masks.
@@ -90,29 +90,30 @@ class Mask2FormerDetector:
         probability. An empty mask has score 0 and box 0, 0, 0, 0.
         """
         upright = upright_rgb(image)
-        pixels, unpadded = prepare(upright, self.rules)
+        pixels, unpadded = prepare(upright, self.rules, self.device)
         class_logits_QK, mask_logits_Qhw = self.logits(pixels)
-        labels_D, boxes_D4, scores_D, masks_DHW = read_instances(
+        instances = read_instances(
             class_logits_QK,
             mask_logits_Qhw,
-            padded=pixels.shape[:2],
+            padded=(pixels.shape[0], pixels.shape[1]),
             unpadded=unpadded,
             original=(upright.height, upright.width),
         )
+        labels_D, boxes_D4, scores_D, masks_DHW = (part.cpu() for part in instances)
         found = {}
         for label in labels_D.unique().tolist():
             mine = labels_D == label
             parts = (boxes_D4[mine], scores_D[mine], masks_DHW[mine])
-            found[self.classes[label]] = Detections(*(part.cpu().numpy() for part in parts))
+            found[self.classes[label]] = Detections(*(part.numpy() for part in parts))
         return found
 
     @torch.inference_mode()
-    def logits(self, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+    def logits(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The last decoder layer's class logits [Q, K + 1] and mask logits [Q, h / 4, w / 4].
 
         pixels: uint8 [h, w, 3], resized and padded.
         """
-        output = self.model(normalize(pixels, self.rules).to(self.device))
+        output = self.model(normalize(pixels, self.rules))
         return output.class_queries_logits[0], output.masks_queries_logits[0]
 
 
@@ -160,13 +161,14 @@ def _enlarge(
 
 def mask_boxes(masks_nHW: Tensor) -> Tensor:
     """(x0, y0, x1, y1), float32 [n, 4]; x1, y1 are one past the mask; an empty mask gives zeros."""
-    boxes_n4 = torch.zeros(len(masks_nHW), 4, dtype=torch.float32, device=masks_nHW.device)
-    for box, mask in zip(boxes_n4, masks_nHW, strict=True):
-        columns, rows = mask.any(0).nonzero(), mask.any(1).nonzero()
-        if len(columns):
-            edges = columns[0, 0], rows[0, 0], columns[-1, 0] + 1, rows[-1, 0] + 1
-            box[:] = torch.stack(edges)
-    return boxes_n4
+    edges = []
+    for inside_nL in (masks_nHW.any(1), masks_nHW.any(2)):  # columns, rows
+        place_L = torch.arange(1, inside_nL.shape[1] + 1, device=inside_nL.device)
+        last_n = (inside_nL * place_L).amax(1)
+        first_n = (inside_nL * place_L.flip(0)).amax(1)
+        edges.append((torch.where(last_n > 0, inside_nL.shape[1] - first_n, 0), last_n))
+    (x0, x1), (y0, y1) = edges
+    return torch.stack([x0, y0, x1, y1], dim=1).float()
 
 
 # -- images ----------------------------------------------------------------------------------------
@@ -176,49 +178,49 @@ def scaled_size(width: int, height: int, rules: InputRules) -> tuple[int, int]:
     return int(width * scale + 0.5), int(height * scale + 0.5)
 
 
-def prepare(image: Image.Image, rules: InputRules) -> tuple[np.ndarray, tuple[int, int]]:
+def prepare(
+    image: Image.Image, rules: InputRules, device: torch.device | str = "cpu"
+) -> tuple[Tensor, tuple[int, int]]:
     """Resized and padded pixels, uint8 [h, w, 3], and the (height, width) without the padding.
 
     image: mode RGB, from `upright_rgb`.
     """
     width, height = scaled_size(*image.size, rules)
-    resized = resize_bilinear(np.asarray(image), width, height)
+    resized = resize_bilinear(torch.from_numpy(np.array(image)).to(device), width, height)
     below, right = -height % rules.pad_divisor, -width % rules.pad_divisor
-    padding = ((0, below), (0, right), (0, 0))
-    return np.pad(resized, padding, constant_values=rules.pad_value), (height, width)
+    return F.pad(resized, (0, 0, 0, right, 0, below), value=rules.pad_value), (height, width)
 
 
-def normalize(pixels: np.ndarray, rules: InputRules) -> torch.Tensor:
+def normalize(pixels: Tensor, rules: InputRules) -> Tensor:
     """Normalized pixels, float32 [1, 3, h, w], from uint8 [h, w, 3]."""
-    mean, std = np.array(rules.mean, np.float32), np.array(rules.std, np.float32)
-    scaled = (pixels.astype(np.float32) - mean) / std
-    return torch.from_numpy(scaled).permute(2, 0, 1)[None].contiguous()
+    mean, std = (torch.tensor(part, device=pixels.device) for part in (rules.mean, rules.std))
+    return ((pixels.float() - mean) / std).permute(2, 0, 1)[None].contiguous()
 
 
-def resize_bilinear(pixels_HWC: np.ndarray, width: int, height: int) -> np.ndarray:
+def resize_bilinear(pixels_HWC: Tensor, width: int, height: int) -> Tensor:
     """OpenCV's `resize(..., INTER_LINEAR)` of a uint8 image, bit for bit; uint8 [h, w, C].
 
     Interpolates horizontally, with 11-bit weights and exact sums, then vertically, where OpenCV
     drops 4 bits before and 16 bits after the product. Beyond the border, the outermost pixel
     repeats.
     """
-    in_height, in_width = pixels_HWC.shape[:2]
+    (in_height, in_width), device = pixels_HWC.shape[:2], pixels_HWC.device
     if (width, height) == (in_width, in_height):
-        return pixels_HWC.copy()
-    left, right, to_left, to_right = _taps(in_width, width, clamp_weights=True)
-    top, bottom, to_top, to_bottom = _taps(in_height, height, clamp_weights=False)
-    source = pixels_HWC.astype(np.int32)
+        return pixels_HWC
+    left, right, to_left, to_right = _taps(in_width, width, device, clamp_weights=True)
+    top, bottom, to_top, to_bottom = _taps(in_height, height, device, clamp_weights=False)
+    source = pixels_HWC.int()
     rows_HwC = (
         source[:, left] * to_left[None, :, None] + source[:, right] * to_right[None, :, None]
     ) >> 4
     upper = (rows_HwC[top] * to_top[:, None, None]) >> 16
     lower = (rows_HwC[bottom] * to_bottom[:, None, None]) >> 16
-    return ((upper + lower + 2) >> 2).astype(np.uint8)
+    return ((upper + lower + 2) >> 2).byte()
 
 
 def _taps(
-    size_in: int, size_out: int, *, clamp_weights: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    size_in: int, size_out: int, device: torch.device, *, clamp_weights: bool
+) -> tuple[Tensor, ...]:
     """The two source indices and their integer weights for every output pixel along one axis."""
     centers = (np.arange(size_out, dtype=np.float64) + 0.5) * (size_in / size_out) - 0.5
     centers = centers.astype(np.float32)
@@ -229,4 +231,5 @@ def _taps(
     one = np.float32(1 << _FIXED_BITS)
     to_first, to_second = (np.rint(one * part).astype(np.int32) for part in (1 - share, share))
     limits = (0, size_in - 1)
-    return np.clip(first, *limits), np.clip(first + 1, *limits), to_first, to_second
+    taps = np.clip(first, *limits), np.clip(first + 1, *limits), to_first, to_second
+    return tuple(torch.from_numpy(tap).to(device) for tap in taps)
