@@ -16,7 +16,7 @@ from t2i.files import file_sha256, write_json
 from t2i.models.base import LoadOptions
 from t2i.models.llamagen.llamagen_model import LlamaGen
 from t2i.models.tokenizers.vq import VQTokenizer
-from t2i.weights import read_folder, read_state_dict
+from t2i.weights import read_folder, read_state_dict, state_dict_sha256
 
 CONFIG = tiny_config("text")
 
@@ -318,3 +318,25 @@ def test_a_folder_given_as_a_weight_file_is_refused_as_such(tmp_path):
         read_state_dict(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         read_state_dict(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("large", [16, 1 << 30])
+def test_the_hash_of_weights_covers_all_of_them(monkeypatch, large):
+    monkeypatch.setattr(t2i.weights, "_LARGE", large)
+    weights = {"b": torch.arange(8.0), "a": torch.ones(2), "none": torch.zeros(0)}
+    digest = state_dict_sha256(weights)
+    assert state_dict_sha256(dict(reversed(weights.items()))) == digest
+    others = [
+        {**weights, "b": torch.arange(8.0) + (torch.arange(8) == 7)},
+        {**weights, "b": torch.arange(8.0).view(2, 4)},
+        {**weights, "b": torch.arange(8.0).bfloat16()},
+        {**weights, "a": torch.tensor([1.0, 1.1])},
+        {"c": weights["b"], "a": weights["a"], "none": weights["none"]},
+    ]
+    assert len({state_dict_sha256(other) for other in others} | {digest}) == 6
+
+
+def test_the_hash_of_small_weights_has_not_changed():
+    """Caches of codes are found by their tokenizer's."""
+    digest = state_dict_sha256({"a": torch.arange(3), "b": torch.ones(2).bfloat16()})
+    assert digest == "b7c766349bd384aae60a62a7c47ef029a30a6a10961558e370de906c38ef21c1"
