@@ -156,7 +156,7 @@ def test_a_broken_image_is_named(tmp_path):
 
 
 # -- scores ----------------------------------------------------------------------------------------
-def test_a_set_compared_with_itself(tmp_path, network):
+def test_a_set_compared_with_itself(tmp_path, network, caplog):
     images = pictures(12)
     folder = write_folder(tmp_path / "images", images)
     file = write_npz(tmp_path / "a.npz", images)
@@ -166,9 +166,12 @@ def test_a_set_compared_with_itself(tmp_path, network):
     assert scores["sfid"] == pytest.approx(0, abs=1e-6)
     assert (scores["precision"], scores["recall"]) == (1, 1)
     assert found["samples"]["pixels_sha256"] == found["reference"]["pixels_sha256"]
+    assert f"{file} and {folder} hold the same images" in caplog.text
+    caplog.clear()
     other = score(write_folder(tmp_path / "other", pictures(12, shift=80)), folder, network)
     assert other["scores"]["fid"] > 1 and other["scores"]["sfid"] > 1
     assert other["samples"]["pixels_sha256"] != found["samples"]["pixels_sha256"]
+    assert "the same images" not in caplog.text
 
 
 def test_precision_and_recall_are_not_swapped(tmp_path, network):
@@ -321,7 +324,8 @@ def test_inception_score_of_files_and_folders(tmp_path, network, caplog, monkeyp
 def test_sets_of_other_sizes(tmp_path, network, caplog):
     """Photos that are not cropped are stretched; files that are not read are named."""
     squares = write_folder(tmp_path / "squares", pictures(6))
-    results = score(squares, squares, network)
+    others = write_folder(tmp_path / "others", pictures(6, seed=1))
+    results = score(squares, others, network)
     assert results["samples"]["sizes"] == [[8, 8]] and not caplog.records
     photos = write_folder(tmp_path / "photos", pictures(6, side=12)[:, :9])
     (photos / "a.ppm").touch()
