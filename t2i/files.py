@@ -230,6 +230,28 @@ def parse_json(content: bytes, **options: Any) -> Any:
     return found
 
 
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's content (`object_pairs_hook`); ValueError for a name that it has twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {max(names, key=names.count)!r} twice; delete one")
+    return found
+
+
+def is_utf16(content: bytes) -> bool:
+    """Whether a file of text begins as Windows' programs begin UTF-16 ("Unicode")."""
+    return content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+
+
+def refuse_utf16(content: bytes, what: str | Path) -> None:
+    """UserError for a file in UTF-16, which other checks would call damaged."""
+    if is_utf16(content):
+        raise UserError(
+            f"{what} is UTF-16, not UTF-8: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)"
+        )
+
+
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file."""
     with reading(path):
@@ -243,11 +265,12 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_json_lines(
-    path: str | Path, parse: Callable[[bytes], Any] = parse_json
+    path: str | Path, parse: Callable[..., Any] = parse_json
 ) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; empty lines are skipped."""
+    """The objects of a JSON Lines file; empty lines are skipped, and repeated names refused."""
     with reading(path):
         content = Path(path).read_bytes()
+    refuse_utf16(content, path)
     try:
         content.decode()
     except UnicodeDecodeError as error:
@@ -258,7 +281,7 @@ def read_json_lines(
         if not line.strip():
             continue
         try:
-            rows.append(parse(line))
+            rows.append(parse(line, object_pairs_hook=once_each))
         except (ValueError, RecursionError) as error:
             refuse_pointers(Path(path))
             raise UserError(f"{path} line {number} is not JSON: {error}") from error
