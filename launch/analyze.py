@@ -257,7 +257,7 @@ def _training(options: DrawingModelOptions) -> dict:
     from t2i.checkpoint_folders import read_config
 
     known = read_config(options.checkpoint)["training"] if options.checkpoint else {}
-    if "config" not in known or "data_key" not in known:
+    if not isinstance(known.get("config"), dict) or "data_key" not in known:
         raise UserError(
             f"{options.source} is not the checkpoint of a run, so its training data are not known"
         )

@@ -101,7 +101,9 @@ def test_files_that_hold_no_questions(tmp_path):
     with pytest.raises(ValueError, match="not a CSV in UTF-8"):
         read_questions(tmp_path / "image.csv")
     (tmp_path / "image.csv").write_bytes("item_id,text".encode("utf-16"))
-    with pytest.raises(ValueError, match=r"image.csv is UTF-16, not UTF-8: save it as UTF-8 \(iconv"):
+    with pytest.raises(
+        ValueError, match=r"image.csv is UTF-16, not UTF-8: save it as UTF-8 \(iconv"
+    ):
         read_questions(tmp_path / "image.csv")
 
 

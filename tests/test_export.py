@@ -13,9 +13,10 @@ from programs import refused
 from runs import PROMPTS, write_tiny_base, write_tiny_janus
 
 import t2i
+from launch import analyze, generate
 from launch import export as program
-from launch import generate
 from t2i.checkpoint import save_pretrained
+from t2i.errors import UserError
 from t2i.evaluation.evaluation_options import BenchmarkOptions
 from t2i.evaluation.runner import is_shapes_world
 from t2i.export_folder import _score_rows, export, model_card
@@ -238,7 +239,15 @@ def test_sample_call_of_the_model_card(kind, asked, call):
     assert f"t2i.generate(model, {call})" in model_card(config, kind, asked=asked)
 
 
-@pytest.mark.parametrize("facts", [{"config": "my.yaml"}, {"config": {"lr": 1e-4, "data": "mine"}}])
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"config": "my.yaml", "data_key": "mine"},
+        {"config": {"lr": 1e-4, "data": "mine"}},
+        {"config": {"data": {"source": 5}}},
+        {"config": {"data": {"source": ["a", 5]}}},
+    ],
+)
 def test_facts_of_the_users_own_are_not_taken_for_a_runs(tmp_path, monkeypatch, facts):
     """They ended in tracebacks."""
     monkeypatch.chdir(tmp_path)
@@ -246,7 +255,19 @@ def test_facts_of_the_users_own_are_not_taken_for_a_runs(tmp_path, monkeypatch, 
     model = t2i.attach(backbone, t2i.presets.base())
     save_pretrained(model, tmp_path / "ckpt", tuning="codec", training=facts)
     export(ExportOptions(tmp_path / "ckpt", tmp_path / "export"))
-    program_run(generate, "--ckpt", tmp_path / "ckpt", "--prompt", "a dog", "--samples", 1)
+    few = ("--ckpt", tmp_path / "ckpt", "--prompt", "a dog", "--samples", 1)
+    program_run(generate, *few)
+    program_run(analyze, *few, "--out", tmp_path / "analysis")
+
+
+def test_trigger_words_of_a_wrong_type_are_named_with_their_file(tmp_path):
+    """The message named no file; an export ended with it after all weights were written."""
+    model = t2i.attach(
+        t2i.load_backbone("llamagen", write_tiny_base(tmp_path / "b")), t2i.presets.base()
+    )
+    save_pretrained(model, tmp_path / "ckpt", tuning="codec", training={"trigger": 5})
+    with pytest.raises(UserError, match=r"ckpt/config.json: data.trigger is 5, which is not"):
+        export(ExportOptions(tmp_path / "ckpt", tmp_path / "export"))
 
 
 def test_prompts_without_trigger_words_are_reported(tmp_path, caplog, monkeypatch):
