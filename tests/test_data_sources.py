@@ -134,6 +134,8 @@ def test_every_kind_gives_the_same_samples(kind, streaming, tmp_path, hub):
     else:
         assert source.length == 3
         assert source[2] == samples[2]
+    unread = [said for said in source.remarks if "data.streaming has no effect on" in said]
+    assert len(unread) == (streaming and source.length is not None), "it was ignored silently"
     report, usable = survey_source(source, ImageRules(8), limit=2)
     assert (report.seen, report.usable, len(usable)) == (2, 2, 2)
 
