@@ -204,6 +204,12 @@ def expand_folder(source: BackboneSource) -> BackboneSource:
         if encoder.count("/") == 1 and not (path / encoder).exists():
             files["text_encoder"] = encoder  # a hub id
         weights = files.get("weights", str(path))  # a published folder is given as a whole
+    own = stored.get("config", {}).get("grid")
+    if source.config is None and own and source.grid and own != list(source.grid):
+        raise UserError(
+            f"grid={source.grid} is given, but {path / 'config.json'} says {own}: leave out the grid, "
+            "which is only needed for a weight file that was renamed"
+        )
     inside = weights if family.tokenizer_inside else None
     return replace(
         source,
