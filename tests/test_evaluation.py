@@ -228,6 +228,7 @@ def test_faults_of_a_folder_are_named(images, tmp_path, name, how, messages):
     with pytest.raises(ValueError) as refused:
         evaluate(Bright(), tmp_path / "out", images=images, scope=SCOPE)
     assert all(message in str(refused.value) for message in messages), refused.value
+    assert ("its own prompts" in str(refused.value)) == ("belongs to none" in messages[0])
     assert not (tmp_path / "out" / "results.json").exists()
 
 
@@ -334,6 +335,7 @@ def test_unusable_folders_are_refused(images, tmp_path):
     other.entries[2] = {"prompt": "darkness", "tag": "a"}
     text = message(benchmark=other)
     assert "00002 holds images of 'light 2' instead of 'darkness'" in text
+    assert "A benchmark judges images of its own prompts: let it draw them (--ckpt), or" in text
     other.entries[2] = {"prompt": "light 2", "tag": "c"}
     assert "00002 holds images of tag 'a' instead of tag 'c'" in message(benchmark=other)
     (tmp_path / "file").write_text("")
