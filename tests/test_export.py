@@ -3,6 +3,7 @@ wrote it, and its upload can be tried again.
 """
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -25,7 +26,7 @@ from t2i.lora import add_lora
 from t2i.model_options import ExportOptions
 from t2i.sampling import SamplingConfig
 from t2i.training.config import BackboneOptions, TrainConfig
-from t2i.training.start import build_model, start_from
+from t2i.training.start import build_model, start_facts, start_from
 from t2i.tuning import LoRAConfig
 
 
@@ -158,13 +159,17 @@ def test_an_export_is_trained_further_by_a_published_recipe(family, tmp_path):
         assert (again.frozen.text_encoder is not None) == (family == "llamagen")
 
 
-def test_a_backbone_folder_keeps_its_files_under_a_published_recipe(tmp_path):
-    """The hub's were fetched instead."""
+def test_a_backbone_folder_keeps_its_files_under_a_published_recipe(tmp_path, caplog):
+    """The hub's were fetched instead. Those that a user names on purpose gave way silently."""
+    caplog.set_level(logging.INFO)
     folder = write_tiny_base(tmp_path / "base")
     hub = {"tokenizer": "owner/repo:vq.pt", "text_encoder": "google/flan-t5-xl"}
     config = TrainConfig(backbone=BackboneOptions(weights=str(folder), **hub))
     source = build_model(config).backbone.source
     assert (source.tokenizer, source.text_encoder) == (None, None)  # config.json of the folder
+    start_facts(config)
+    said = [line for line in caplog.messages if line.startswith("not used: ")]
+    assert said == [f"not used: owner/repo:vq.pt and google/flan-t5-xl; {folder} has its own"]
 
 
 def test_a_text_encoder_from_the_hub_is_named_and_not_copied(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ class WeightFileBackbone(Backbone):
         build: Any = cls  # each family's class takes its config
         backbone = build_empty(lambda: build(config), options.dtype, "meta")
         held = sum(tensor.numel() for tensor in state_dict.values())
-        if sum(weight.numel() for weight in backbone.gpt.parameters()) > held:
+        if sum(weight.numel() for weight in backbone.parameters()) > held:
             # Names what does not fit, before memory is taken for all of it.
             backbone.fill({name: tensor.to("meta") for name, tensor in state_dict.items()}, path)
         backbone = backbone.to_empty(device="meta" if options.shapes_only else "cpu")

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -160,11 +161,21 @@ def _given_files(options: BackboneOptions, source: BackboneSource) -> dict[str, 
     """
     here = expand_folder(source)
     given = {"tokenizer": options.tokenizer, "text_encoder": options.text_encoder}
+    unused = []
     for name, place in given.items():
         own = getattr(here, name)
         if place and not Path(place).exists() and own and Path(own).exists():
             given[name] = None
+            unused.append(place)
+    if unused:
+        _say_whose(" and ".join(unused), source.weights)
     return given
+
+
+@cache
+def _say_whose(unused: str, folder: str) -> None:
+    """Said once, also for a recipe's names: they cannot be told from those that a user gives."""
+    log.info("not used: %s; %s has its own", unused, folder)
 
 
 def start_facts(config: TrainConfig) -> dict[str, str]:
