@@ -103,11 +103,11 @@ def main() -> None:
     launcher.refuse_several()
     options = config.models()
     wheres = {who: own.check() for who, own in options.items()}
-    from t2i.evaluation.evidence_page import write_evidence
+    from t2i.evaluation.evidence_page import TITLE, write_evidence
     from t2i.pages import refuse_other_page
 
     _typed(config)  # reports an unreadable prompt file before any work
-    refuse_other_page(config.out / "index.html")
+    refuse_other_page(config.out / "index.html", TITLE)
     with owning(config.out, "analysis folder"):
         remove_leftovers(config.out)
         models = {who: own.load(*wheres[who]) for who, own in options.items()}
