@@ -363,8 +363,8 @@ def writable_file(path: str | Path, *, make: bool = True) -> Path:
 def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
     """Hold a folder, or a file in it, for one program at a time.
 
-    The lock is released when the process ends, however it ends. A folder that was created for the
-    lock is removed again if it is still empty.
+    The lock is released when the process ends, however it ends. Its file is removed again if nothing
+    else is new in the folder, as is a folder that was created for it.
 
     Args:
         what: the kind of thing held, for the message: "run folder", ...
@@ -375,6 +375,7 @@ def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
     """
     made = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     folder = writable_folder(folder)
+    before = set(os.listdir(folder))
     held = f".{name}" if name else ""
     lock, owner = FileLock(folder / f"{held}{_LOCK}", timeout=0), folder / f"{held}{_OWNER}"
     try:
@@ -390,8 +391,8 @@ def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
-        left = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        if made and left == [Path(lock.lock_file).name]:
+        left = set(os.listdir(folder)) if folder.is_dir() else before
+        if left - before == {Path(lock.lock_file).name}:
             Path(lock.lock_file).unlink()
             with suppress(OSError):  # a parent that is not empty
                 for path in made:

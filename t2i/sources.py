@@ -21,6 +21,8 @@ from t2i.weights import stored_sha256
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
+_LONGEST_NAME = 255
+"""Bytes in the name of a file; file systems allow no more."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def check_place(source: object, what: str) -> None:
     """UserError for what can be neither a path nor a name."""
     try:
         usable = isinstance(source, str | os.PathLike) and 0 not in (os.fsencode(source) or b"\0")
+        usable = usable and max(map(len, os.fsencode(source).split(b"/"))) <= _LONGEST_NAME
     except UnicodeEncodeError:
         usable = False
     if not usable:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import zipfile
 from dataclasses import replace
@@ -125,6 +126,8 @@ def test_damaged_or_missing_files_are_refused(tmp_path):
         open_images(tmp_path / "e.npz")
     with pytest.raises(ValueError, match="none does not exist; give an"):
         open_images(tmp_path / "none")
+    with pytest.raises(ValueError, match="null is no regular file; give an"):
+        open_images(os.devnull)
     (tmp_path / "c").mkdir()
     for folder in (tmp_path, tmp_path / "c"):
         with pytest.raises(ValueError, match="holds no images"):

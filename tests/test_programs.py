@@ -334,6 +334,7 @@ def test_a_folder_knows_its_grid(draws, tiny_world, capsys):
     request = ("--prompt", "a red circle", "--samples", 1, "--base.grid")
     said = refused(generate, capsys, "--ckpt", tiny_world / "base", *request, 2, 8)
     assert "grid=(2, 8) is given, but" in said and "base/config.json says [4, 4]" in said
+    assert not Path("outputs").exists(), "an empty folder was left"
     draws(*request, 4, 4)
 
 

@@ -126,7 +126,8 @@ def open_images(path: str | Path) -> ImageSet:
     if path.is_dir():
         return FolderImages(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give an .npz file or a folder of images")
+        problem = "is no regular file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {problem}; give an .npz file or a folder of images")
     return NpzImages(path)
 
 
