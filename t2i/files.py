@@ -363,8 +363,8 @@ def writable_file(path: str | Path, *, make: bool = True) -> Path:
 def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
     """Hold a folder, or a file in it, for one program at a time.
 
-    The lock is released when the process ends, however it ends. Its file is removed again if nothing
-    else is new in the folder, as is a folder that was created for it.
+    The lock is released when the process ends, however it ends. Its file is removed again if
+    nothing else is new in the folder, as is a folder that was created for it.
 
     Args:
         what: the kind of thing held, for the message: "run folder", ...

@@ -97,8 +97,8 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
 def check_place(source: object, what: str) -> None:
     """UserError for what can be neither a path nor a name."""
     try:
-        usable = isinstance(source, str | os.PathLike) and 0 not in (os.fsencode(source) or b"\0")
-        usable = usable and max(map(len, os.fsencode(source).split(b"/"))) <= _LONGEST_NAME
+        name = os.fsencode(source) if isinstance(source, str | os.PathLike) else b""
+        usable = bool(name) and 0 not in name and max(map(len, name.split(b"/"))) <= _LONGEST_NAME
     except UnicodeEncodeError:
         usable = False
     if not usable:
