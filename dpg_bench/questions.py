@@ -27,8 +27,7 @@ from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-from t2i.errors import UserError, shorten
-from t2i.files import refuse_utf16
+from t2i.errors import UserError, refuse_utf16, shorten
 from t2i.published import PublishedFile
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from t2i.errors import UserError, broken_link
+from t2i.errors import UserError, broken_link, refuse_utf16
 from t2i.lfs import refuse_pointers
 
 _LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.tmp$")
@@ -237,19 +237,6 @@ def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"it has {max(names, key=names.count)!r} twice; delete one")
     return found
-
-
-def is_utf16(content: bytes) -> bool:
-    """Whether a file of text begins as Windows' programs begin UTF-16 ("Unicode")."""
-    return content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-
-
-def refuse_utf16(content: bytes, what: str | Path) -> None:
-    """UserError for a file in UTF-16, which other checks would call damaged."""
-    if is_utf16(content):
-        raise UserError(
-            f"{what} is UTF-16, not UTF-8: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)"
-        )
 
 
 def read_json(path: str | Path) -> Any:

@@ -21,8 +21,6 @@ from t2i.weights import stored_sha256
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
-_LONGEST_NAME = 255
-"""Bytes in the name of a file; file systems allow no more."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,8 @@ def check_place(source: object, what: str) -> None:
     """UserError for what can be neither a path nor a name."""
     try:
         name = os.fsencode(source) if isinstance(source, str | os.PathLike) else b""
-        usable = bool(name) and 0 not in name and max(map(len, name.split(b"/"))) <= _LONGEST_NAME
+        # No file system has longer names of files.
+        usable = bool(name) and 0 not in name and max(map(len, name.split(b"/"))) <= 255
     except UnicodeEncodeError:
         usable = False
     if not usable:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from t2i.data.content import printable
 from t2i.data.images import UNFETCHED, FileSlice, ImageRef, SkipSample, read_bytes
-from t2i.errors import UserError, shorten
-from t2i.files import is_utf16
+from t2i.errors import UserError, is_utf16, shorten
 from t2i.lfs import LFS_POINTER
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")

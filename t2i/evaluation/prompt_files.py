@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from t2i.errors import UserError
-from t2i.files import once_each, parse_json, reading, refuse_utf16
+from t2i.errors import UserError, refuse_utf16
+from t2i.files import once_each, parse_json, reading
 from t2i.models.conditions import check_captions
 
 log = logging.getLogger(__name__)
