@@ -199,7 +199,7 @@ def check_start(config: TrainConfig, folder: Path) -> None:
     except UserError as error:
         raise UserError(
             f"cannot resume {folder}: the run compares itself with the weights that it began with, "
-            f"which are gone ({error}); give them as --backbone.weights, wherever they are now"
+            f"which cannot be read ({error}); give them as --backbone.weights, wherever they are now"
         ) from error
     if isinstance(before, dict) and before.get("sha256") != now["sha256"]:
         raise UserError(
