@@ -27,7 +27,7 @@ from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-from t2i.errors import UserError, shorten
+from t2i.errors import UserError, refuse_utf16, shorten
 from t2i.published import PublishedFile
 
 log = logging.getLogger(__name__)
@@ -142,6 +142,7 @@ def read_questions(path: str | Path) -> QuestionGraph:
     path = Path(path)
     try:
         content = path.read_bytes()
+        refuse_utf16(content, f"question file {path}")
         blob = git_blob_sha1(content)
         text = io.StringIO(content.decode("utf-8-sig"), newline="")
         # Strict: a quote that is never closed would take the following rows for its cell's text.
@@ -202,7 +203,7 @@ def _question(row: dict, line: int) -> Question:
     except ValueError as error:
         raise UserError(
             f"{where}: proposition_id must be a number, and dependency one or more numbers separated by "
-            f"commas (0: none), not {values['proposition_id']!r} and {values['dependency']!r}"
+            f"commas (0: none), not {values['proposition_id']!r:.80} and {values['dependency']!r:.80}"
         ) from error
     if proposition < 1:
         raise UserError(f"{where}: proposition ids start at 1 (a dependency on 0 means none)")
@@ -247,14 +248,14 @@ def item_problems(rows: Sequence[Question]) -> list[str]:
             problems.append(f"{row.place}: its prompt differs from line {rows[0].line}")
     for row in rows:
         if lost := [parent for parent in row.parents if parent not in by_id]:
-            ids = ", ".join(map(str, lost))
+            ids = shorten(list(map(str, lost)))
             problems.append(f"{row.place}: depends on {ids}, which the item does not have")
     known = {id_: [p for p in row.parents if p in by_id] for id_, row in by_id.items()}
     try:
         TopologicalSorter(known).prepare()
     except CycleError as error:
         cycle = error.args[1][::-1]  # from child to parent
-        path = " -> ".join(map(str, cycle))
+        path = shorten(list(map(str, cycle)), " -> ")
         problems.append(f"{by_id[cycle[0]].place}: depends on itself ({path})")
     return problems
 

@@ -39,7 +39,7 @@ class GenEval:
     decimals = 3
     legend = (
         "overall: the unweighted mean of the tasks' rates of correct images; "
-        "a prompt is correct if any of its images is."
+        "a prompt is correct if any of its images is; entries that are equal are one prompt."
     )
 
     def __init__(

@@ -103,17 +103,18 @@ def main() -> None:
     launcher.refuse_several()
     options = config.models()
     wheres = {who: own.check() for who, own in options.items()}
-    from t2i.evaluation.evidence_page import write_evidence
+    from t2i.evaluation.evidence_page import TITLE, write_evidence
     from t2i.pages import refuse_other_page
 
     _typed(config)  # reports an unreadable prompt file before any work
-    refuse_other_page(config.out / "index.html")
+    refuse_other_page(config.out / "index.html", TITLE)
     with owning(config.out, "analysis folder"):
         remove_leftovers(config.out)
         models = {who: own.load(*wheres[who]) for who, own in options.items()}
         evidence, drawn = examine(config, options, models)
         sheets = _write_sheets(config.out, drawn)
-        page = write_evidence(config.out, evidence, _course(options), sheets)
+        course = _course(options, evidence["missing"])
+        page = write_evidence(config.out, evidence, course, sheets)
     for line in evidence["missing"]:
         print(f"missing: {line}", file=sys.stderr)
     print(f"look at {page}")
@@ -256,7 +257,7 @@ def _training(options: DrawingModelOptions) -> dict:
     from t2i.checkpoint_folders import read_config
 
     known = read_config(options.checkpoint)["training"] if options.checkpoint else {}
-    if "config" not in known or "data_key" not in known:
+    if not isinstance(known.get("config"), dict) or "data_key" not in known:
         raise UserError(
             f"{options.source} is not the checkpoint of a run, so its training data are not known"
         )
@@ -330,8 +331,10 @@ def _write_sheets(out: Path, drawn: "list[Drawn]") -> list[tuple[str, str]]:
     return sheets
 
 
-def _course(options: "dict[str, DrawingModelOptions]") -> "list[Chart]":
-    """Training curves of the model's run and of the control's run."""
+def _course(options: "dict[str, DrawingModelOptions]", missing: list[str]) -> "list[Chart]":
+    """Training curves of the model's run and of the control's run; metrics without a readable line
+    are added to `missing`.
+    """
     from t2i.training.config import METRICS
     from t2i.training.logs import read_metrics
     from t2i.training.run_page import metric_charts
@@ -341,6 +344,8 @@ def _course(options: "dict[str, DrawingModelOptions]") -> "list[Chart]":
         around = own.checkpoint.resolve().parents[:2] if own.checkpoint else ()
         run = next((folder for folder in around if (folder / METRICS).is_file()), None)
         rows[who] = [] if run is None else read_metrics(run)
+        if run is not None and not rows[who]:
+            missing.append(f"training curves of the {who}: no line of {run / METRICS} can be read")
     return metric_charts(rows["model"], rows.get("control", []))
 
 

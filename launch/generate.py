@@ -67,7 +67,7 @@ def main() -> None:
 
     with ExitStack() as held:
         if config.out is None:
-            writable_folder(_OUTPUTS)
+            writable_folder(_OUTPUTS, make=False)
         else:
             held.enter_context(owning(config.out, "image folder"))
             draw.check_prompts(config.out, entries, config.seed)

@@ -108,7 +108,7 @@ def main() -> None:
     models = list(config.models())
     wheres = [model.check() for model in models]
     from t2i.evaluation.draw import check_prompts
-    from t2i.evaluation.review_page import COLUMNS, check_columns, open_column, write_review
+    from t2i.evaluation.review_page import COLUMNS, DATA, check_columns, open_column, write_review
     from t2i.pages import refuse_other_page
 
     places = [config.out / COLUMNS / name for name in _place_names(models)]
@@ -121,7 +121,7 @@ def main() -> None:
     # Columns that do not belong together are reported before anything is drawn.
     there = [open_column(*pair).prompts() for pair in columns[len(places) :]]
     check_columns(columns, [*[entries] * len(places), *there])
-    refuse_other_page(config.out / "index.html")
+    refuse_other_page(config.out / "index.html", DATA)
     with owning(config.out, "review folder"):
         remove_leftovers(config.out)
         for place in places:

@@ -1,5 +1,6 @@
 """Exceptions that tell a user's mistake from a bug in the kit, and helpers for error messages."""
 
+import codecs
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -74,6 +75,19 @@ def check_text(text: str, what: str) -> None:
             f"{what}: {text!r:.200} contains a lone surrogate ({text[error.start]!r}), which is not a "
             "character; remove it (in the name of a file: rename the file)"
         ) from error
+
+
+def is_utf16(content: bytes) -> bool:
+    """Whether text begins as Windows' programs begin UTF-16 ("Unicode")."""
+    return content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+
+
+def refuse_utf16(content: bytes, what: str | Path) -> None:
+    """UserError for a file in UTF-16, which other checks would call damaged."""
+    if is_utf16(content):
+        raise UserError(
+            f"{what} is UTF-16, not UTF-8: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)"
+        )
 
 
 def broken_link(path: str | Path) -> str:

@@ -302,12 +302,13 @@ def _recipe(config: dict) -> dict[str, object]:
     training, k = config["training"], config["method"]["k"]
     run = run_settings(training)
     data = run.get("data", {}).get("source") or []
+    places = data if isinstance(data, list) else [data]
     return {
         "what was trained": trained_parts(config["tuning"], config.get("image_layers", False), k),
         "TensorAR": _listed(config["method"]) if k > 1 else None,
         "optimizer steps": training.get("step"),
         "samples per step": run.get("batch_size"),
-        "data": ", ".join(map(_public_name, [data] if isinstance(data, str) else data)) or None,
+        "data": ", ".join(_public_name(str(place)) for place in places) or None,
         "trigger words": trigger_of(training),
         "optimizer": _listed(run["optim"]) if "optim" in run else None,
         "precision": run.get("engine", {}).get("precision"),

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from t2i.errors import UserError, broken_link
+from t2i.errors import UserError, broken_link, refuse_utf16
 from t2i.lfs import refuse_pointers
 
 _LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.tmp$")
@@ -230,6 +230,15 @@ def parse_json(content: bytes, **options: Any) -> Any:
     return found
 
 
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's content (`object_pairs_hook`); ValueError for a name that it has twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {max(names, key=names.count)!r} twice; delete one")
+    return found
+
+
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file."""
     with reading(path):
@@ -243,11 +252,12 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_json_lines(
-    path: str | Path, parse: Callable[[bytes], Any] = parse_json
+    path: str | Path, parse: Callable[..., Any] = parse_json
 ) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; empty lines are skipped."""
+    """The objects of a JSON Lines file; empty lines are skipped, and repeated names refused."""
     with reading(path):
         content = Path(path).read_bytes()
+    refuse_utf16(content, path)
     try:
         content.decode()
     except UnicodeDecodeError as error:
@@ -258,7 +268,7 @@ def read_json_lines(
         if not line.strip():
             continue
         try:
-            rows.append(parse(line))
+            rows.append(parse(line, object_pairs_hook=once_each))
         except (ValueError, RecursionError) as error:
             refuse_pointers(Path(path))
             raise UserError(f"{path} line {number} is not JSON: {error}") from error
@@ -340,8 +350,8 @@ def writable_file(path: str | Path, *, make: bool = True) -> Path:
 def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
     """Hold a folder, or a file in it, for one program at a time.
 
-    The lock is released when the process ends, however it ends. A folder that was created for the
-    lock is removed again if it is still empty.
+    The lock is released when the process ends, however it ends. Its file is removed again if
+    nothing else is new in the folder, as is a folder that was created for it.
 
     Args:
         what: the kind of thing held, for the message: "run folder", ...
@@ -352,6 +362,7 @@ def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
     """
     made = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     folder = writable_folder(folder)
+    before = set(os.listdir(folder))
     held = f".{name}" if name else ""
     lock, owner = FileLock(folder / f"{held}{_LOCK}", timeout=0), folder / f"{held}{_OWNER}"
     try:
@@ -367,8 +378,8 @@ def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
-        left = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        if made and left == [Path(lock.lock_file).name]:
+        left = set(os.listdir(folder)) if folder.is_dir() else before
+        if left - before == {Path(lock.lock_file).name}:
             Path(lock.lock_file).unlink()
             with suppress(OSError):  # a parent that is not empty
                 for path in made:

@@ -13,7 +13,7 @@ import torch
 
 from t2i.errors import UserError
 from t2i.fields import from_json
-from t2i.models.base import Backbone, LoadOptions
+from t2i.models.base import MOST_LAYERS, MOST_SIZE, Backbone, LoadOptions
 from t2i.models.blocks import LlamaConfig
 from t2i.models.families import find_family
 from t2i.sampling import SamplingConfig, check_seed
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MOST_SIDE = 1024
 """Upper limit of a grid's sides, in codes: a grid is read from the command line."""
+_MOST_BITS = 20
+"""Upper limit of a code's bits: a model has an output for each of their values."""
 _CARDS = Path("/proc/driver/nvidia/gpus")
 """Lists the NVIDIA cards of a Linux machine, whether PyTorch can use them or not."""
 
@@ -269,6 +271,10 @@ def _check_shape(config: Any, where: str) -> None:
                 least = 1 if isinstance(number, int) else 0
                 if not least <= number < math.inf:
                     raise UserError(f"{where}: {field.name}={value} must be at least {least}")
+                most = MOST_LAYERS if field.name.endswith("layer") else MOST_SIZE
+                most = {"grid": _MOST_SIDE, "bits": _MOST_BITS}.get(field.name, most)
+                if field.type is not float and number > most:
+                    raise UserError(f"{where}: {field.name}={value} must be at most {most}")
                 if "dropout" in field.name and number > 1:
                     raise UserError(f"{where}: {field.name}={value} must be at most 1")
     heads = getattr(config, "n_head", 1)

@@ -193,7 +193,10 @@ class ModelOptions:
         assert self.source is not None, "check comes first"
         if self.checkpoint is None:
             name = absolute(self.source.rpartition(":")[2]).name
-            return re.sub(r"\.(pt|pth|ckpt|bin|safetensors)$", "", name)
+            name = re.sub(r"\.(pt|pth|ckpt|bin|safetensors)$", "", name)
+            # They do not show in the weights, by whose hash requests are told apart.
+            unusual = ["x".join(map(str, self.base.grid or ())), self.base.text_encoder_dtype]
+            return "-".join([name, *(part for part in unusual if part not in ("", "float32"))])
         folder = self.checkpoint.resolve()
         if folder.parent.name == "checkpoints":
             return f"{folder.parents[1].name}-{folder.name}"

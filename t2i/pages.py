@@ -41,16 +41,19 @@ def html_page(title: str, body: str, *, name: str, styles: str = "") -> str:
 """
 
 
-def refuse_other_page(path: Path) -> None:
-    """UserError if a file where a page is to be written is not a page of `html_page`, or is the
-    page of a training run, which nothing would write again.
+def refuse_other_page(path: Path, mark: str) -> None:
+    """UserError if a file where a page is to be written is not a page of `html_page`, or is another
+    program's: that of a training run, for one, which nothing would write again.
+
+    mark: text that only this program's pages hold.
     """
     if path.is_file() and path.with_name("metrics.jsonl").exists():
         raise UserError(f"{path} is the page of a training run: give another folder with --out")
-    if path.is_file() and f"</title>\n{_ICON}\n<style>".encode() not in path.read_bytes():
+    marks = (f"</title>\n{_ICON}\n<style>", mark)
+    if path.is_file() and not all(text.encode() in path.read_bytes() for text in marks):
         raise UserError(
-            f"{path} would be overwritten, and is not a page of this kit; move it, or give another "
-            "folder with --out"
+            f"{path} would be overwritten, and is not a page of this program; move it, or give "
+            "another folder with --out"
         )
 
 

@@ -95,7 +95,9 @@ def resolve(source: str | Path, *, folder: bool = False) -> Path:
 def check_place(source: object, what: str) -> None:
     """UserError for what can be neither a path nor a name."""
     try:
-        usable = isinstance(source, str | os.PathLike) and 0 not in (os.fsencode(source) or b"\0")
+        name = os.fsencode(source) if isinstance(source, str | os.PathLike) else b""
+        # No file system has longer names of files.
+        usable = bool(name) and 0 not in name and max(map(len, name.split(b"/"))) <= 255
     except UnicodeEncodeError:
         usable = False
     if not usable:
@@ -204,6 +206,12 @@ def expand_folder(source: BackboneSource) -> BackboneSource:
         if encoder.count("/") == 1 and not (path / encoder).exists():
             files["text_encoder"] = encoder  # a hub id
         weights = files.get("weights", str(path))  # a published folder is given as a whole
+    own = stored.get("config", {}).get("grid")
+    if source.config is None and own and source.grid and own != list(source.grid):
+        raise UserError(
+            f"grid={source.grid} is given, but {path / 'config.json'} says {own}: leave out the grid, "
+            "which is only needed for a weight file that was renamed"
+        )
     inside = weights if family.tokenizer_inside else None
     return replace(
         source,

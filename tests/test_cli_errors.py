@@ -296,10 +296,13 @@ def test_bad_prompts_are_refused(generate_fails, tmp_path):
         b'{"prompt": "a \\ud83d"}',  # case 15
         b'{"prompt": "a", "note": "\\ud83d"}',  # used to fail when it was written
         b'{"prompt": "a", "score": NaN}',  # its images were another prompt's when resumed
+        b'{"prompt": "a", "prompt": "b"}',  # the last one was drawn
         b"[" * 100_000,
     ):
         path.write_bytes(b'{"prompt": "a \xe2\x80\xa8 circle"}\n\n' + bad + b"\n")
         assert f"{path} line 3" in generate_fails("--prompt-file", path)
+    path.write_text('{"prompt": "a circle"}', encoding="utf-16")
+    assert f"{path} is UTF-16, not UTF-8: save it as" in generate_fails("--prompt-file", path)
     path = tmp_path / "prompts.txt"
     for bad in (b"a \xff circle", b"a \x00 circle"):
         path.write_bytes(b"a circle\n" + bad)

@@ -218,6 +218,9 @@ def test_unusable_folders_are_refused(broken, tmp_path):
     (broken / "config.json").write_text(json.dumps(config | {"d_model": "wide"}))
     with pytest.raises(ValueError, match=r"config.json does not describe a T5"):
         T5Captions.load(broken)
+    (broken / "config.json").write_text(json.dumps(config | {"num_layers": 10**9}))
+    with pytest.raises(ValueError, match="num_layers=1000000000 must be from 1 to 1000"):
+        T5Captions.load(broken)  # it loaded without end
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
     with pytest.raises(ValueError, match="'bert' model"):
         T5Captions.load(broken)

@@ -443,12 +443,24 @@ def test_metadata_of_another_encoding_is_named(tmp_path):
     write_images(tmp_path)
     rows = "".join(f'{{"file_name": "{i}.png", "text": "café"}}\n' for i in range(3))
     path = tmp_path / "metadata.jsonl"
-    for encoding, line in (("utf-16", 1), ("latin-1", 1)):
+    for encoding, said in (
+        ("utf-16", "metadata.jsonl is UTF-16, not UTF-8: save it as UTF-8"),
+        ("latin-1", "line 1 is not UTF-8: save the file as UTF-8"),
+    ):
         path.write_bytes(rows.encode(encoding))
-        with pytest.raises(UserError, match=rf"line {line} is not UTF-8: save the file as UTF-8"):
+        with pytest.raises(UserError, match=said):
             open_source(tmp_path)
     path.write_bytes(rows.encode("utf-8-sig"))
     assert len(list(open_source(tmp_path))) == 3
+
+
+def test_a_name_that_a_line_has_twice_is_refused(tmp_path):
+    """The last one counted, without a word."""
+    write_images(tmp_path)
+    line = '{"file_name": "0.png", "text": "a dot", "text": "a ring"}'
+    (tmp_path / "metadata.jsonl").write_text(line)
+    with pytest.raises(UserError, match="line 1 is not JSON: it has 'text' twice; delete one"):
+        open_source(tmp_path)
 
 
 def test_a_text_table_gets_a_message_about_tables(tmp_path):

@@ -100,6 +100,24 @@ def test_files_that_hold_no_questions(tmp_path):
     (tmp_path / "image.csv").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(ValueError, match="not a CSV in UTF-8"):
         read_questions(tmp_path / "image.csv")
+    (tmp_path / "image.csv").write_bytes("item_id,text".encode("utf-16"))
+    with pytest.raises(
+        ValueError, match=r"image.csv is UTF-16, not UTF-8: save it as UTF-8 \(iconv"
+    ):
+        read_questions(tmp_path / "image.csv")
+
+
+def test_errors_about_many_propositions_are_short(tmp_path):
+    """Thousands of questions that depend on each other were printed whole."""
+    numbers = range(1, 3001)
+    circle = [["x", "a bus", i, 1 + i % 3000, "global - (photo)", "Is it?"] for i in numbers]
+    lost = [["x", "a bus", 1, f'"{",".join(map(str, numbers[1:]))}"', *circle[0][4:]]]
+    wrong = [["x", "a bus", 1, "?" * 3000, *circle[0][4:]]]
+    said = ("depends on itself", "which the item does not have", "must be a number")
+    for rows, words in zip((circle, lost, wrong), said, strict=True):
+        with pytest.raises(ValueError, match=words) as error:
+            read_questions(write(tmp_path, rows))
+        assert len(str(error.value)) < 500
 
 
 def test_git_blob_hash():

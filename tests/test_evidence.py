@@ -35,7 +35,7 @@ from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import drawn_windows, sample_windows
 from t2i.tensorar.windows import Windows
 from t2i.training.batches import TrainingData
-from t2i.training.config import LabelledOptions, TrainConfig
+from t2i.training.config import METRICS, LabelledOptions, TrainConfig
 from t2i.training.engine import start_processes
 from t2i.training.loop import train
 from t2i.training.settings import plain as as_json
@@ -196,6 +196,16 @@ def test_missing_parts_are_listed_with_reasons(shapes_ckpt, tiny_world, plain, t
     assert printed.err.count("missing: ") == 2 and "look at" in printed.out
     assert "<b>" not in (tmp_path / "a" / "index.html").read_text()
     write_dataset(tmp_path / "other", 12, size=32)
+
+
+def test_metrics_that_cannot_be_read_are_listed_as_missing(tmp_path):
+    """Their curves were left out without a word."""
+    checkpoint = tmp_path / "checkpoints" / "step_0000003"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / METRICS).write_bytes(b"\x1f\x8b damaged\n")
+    missing = []
+    assert run._course({"model": SimpleNamespace(checkpoint=checkpoint)}, missing) == []
+    assert missing == [f"training curves of the model: no line of {tmp_path / METRICS} can be read"]
 
 
 def test_bad_options_are_refused(refusal, plain, tmp_path, monkeypatch):

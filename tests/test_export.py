@@ -3,6 +3,7 @@ wrote it, and its upload can be tried again.
 """
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -13,9 +14,10 @@ from programs import refused
 from runs import PROMPTS, write_tiny_base, write_tiny_janus
 
 import t2i
+from launch import analyze, generate
 from launch import export as program
-from launch import generate
 from t2i.checkpoint import save_pretrained
+from t2i.errors import UserError
 from t2i.evaluation.evaluation_options import BenchmarkOptions
 from t2i.evaluation.runner import is_shapes_world
 from t2i.export_folder import _score_rows, export, model_card
@@ -24,7 +26,7 @@ from t2i.lora import add_lora
 from t2i.model_options import ExportOptions
 from t2i.sampling import SamplingConfig
 from t2i.training.config import BackboneOptions, TrainConfig
-from t2i.training.start import build_model, start_from
+from t2i.training.start import build_model, start_facts, start_from
 from t2i.tuning import LoRAConfig
 
 
@@ -157,13 +159,17 @@ def test_an_export_is_trained_further_by_a_published_recipe(family, tmp_path):
         assert (again.frozen.text_encoder is not None) == (family == "llamagen")
 
 
-def test_a_backbone_folder_keeps_its_files_under_a_published_recipe(tmp_path):
-    """The hub's were fetched instead."""
+def test_a_backbone_folder_keeps_its_files_under_a_published_recipe(tmp_path, caplog):
+    """The hub's were fetched instead. Those that a user names on purpose gave way silently."""
+    caplog.set_level(logging.INFO)
     folder = write_tiny_base(tmp_path / "base")
     hub = {"tokenizer": "owner/repo:vq.pt", "text_encoder": "google/flan-t5-xl"}
     config = TrainConfig(backbone=BackboneOptions(weights=str(folder), **hub))
     source = build_model(config).backbone.source
     assert (source.tokenizer, source.text_encoder) == (None, None)  # config.json of the folder
+    start_facts(config)
+    said = [line for line in caplog.messages if line.startswith("not used: ")]
+    assert said == [f"not used: owner/repo:vq.pt and google/flan-t5-xl; {folder} has its own"]
 
 
 def test_a_text_encoder_from_the_hub_is_named_and_not_copied(tmp_path, monkeypatch):
@@ -238,7 +244,15 @@ def test_sample_call_of_the_model_card(kind, asked, call):
     assert f"t2i.generate(model, {call})" in model_card(config, kind, asked=asked)
 
 
-@pytest.mark.parametrize("facts", [{"config": "my.yaml"}, {"config": {"lr": 1e-4, "data": "mine"}}])
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"config": "my.yaml", "data_key": "mine"},
+        {"config": {"lr": 1e-4, "data": "mine"}},
+        {"config": {"data": {"source": 5}}},
+        {"config": {"data": {"source": ["a", 5]}}},
+    ],
+)
 def test_facts_of_the_users_own_are_not_taken_for_a_runs(tmp_path, monkeypatch, facts):
     """They ended in tracebacks."""
     monkeypatch.chdir(tmp_path)
@@ -246,7 +260,19 @@ def test_facts_of_the_users_own_are_not_taken_for_a_runs(tmp_path, monkeypatch, 
     model = t2i.attach(backbone, t2i.presets.base())
     save_pretrained(model, tmp_path / "ckpt", tuning="codec", training=facts)
     export(ExportOptions(tmp_path / "ckpt", tmp_path / "export"))
-    program_run(generate, "--ckpt", tmp_path / "ckpt", "--prompt", "a dog", "--samples", 1)
+    few = ("--ckpt", tmp_path / "ckpt", "--prompt", "a dog", "--samples", 1)
+    program_run(generate, *few)
+    program_run(analyze, *few, "--out", tmp_path / "analysis")
+
+
+def test_trigger_words_of_a_wrong_type_are_named_with_their_file(tmp_path):
+    """The message named no file; an export ended with it after all weights were written."""
+    model = t2i.attach(
+        t2i.load_backbone("llamagen", write_tiny_base(tmp_path / "b")), t2i.presets.base()
+    )
+    save_pretrained(model, tmp_path / "ckpt", tuning="codec", training={"trigger": 5})
+    with pytest.raises(UserError, match=r"ckpt/config.json: data.trigger is 5, which is not"):
+        export(ExportOptions(tmp_path / "ckpt", tmp_path / "export"))
 
 
 def test_prompts_without_trigger_words_are_reported(tmp_path, caplog, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import zipfile
 from dataclasses import replace
@@ -74,17 +75,19 @@ def test_npz_is_read_in_batches_in_file_order(tmp_path, compressed):
     assert [len(batch) for batch in open_images(path).batches(3)] == [3, 3, 1]
 
 
-def test_a_truncated_npz_is_read_up_to_the_cut(tmp_path):
-    images = pictures(3000)
-    path = tmp_path / "a.npz"
+@pytest.mark.parametrize("count", [2991, 10**12])
+def test_an_npz_with_fewer_images_than_its_header_says_is_refused(tmp_path, count):
+    """The cut was found after all other images were judged, or was "not enough memory"."""
+    path, (height, width, _) = tmp_path / "a.npz", pictures(1)[0].shape
     with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": images.shape}
+        shape = (count, height, width, 3)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        file.write(images[:2990].tobytes())
-    batches = open_images(path).batches(100)
-    np.testing.assert_array_equal(next(batches), images[:100])
-    with pytest.raises(ValueError, match=r"a\.npz ends before image 3000"):
-        list(batches)
+        file.write(bytes(2990 * height * width * 3))
+    with pytest.raises(
+        UserError, match=r"a\.npz: the header of arr_0 says \[\d+, 8, 8, 3\], but only"
+    ):
+        open_images(path)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +126,8 @@ def test_damaged_or_missing_files_are_refused(tmp_path):
         open_images(tmp_path / "e.npz")
     with pytest.raises(ValueError, match="none does not exist; give an"):
         open_images(tmp_path / "none")
+    with pytest.raises(ValueError, match="null is no regular file; give an"):
+        open_images(os.devnull)
     (tmp_path / "c").mkdir()
     for folder in (tmp_path, tmp_path / "c"):
         with pytest.raises(ValueError, match="holds no images"):
@@ -156,7 +161,7 @@ def test_a_broken_image_is_named(tmp_path):
 
 
 # -- scores ----------------------------------------------------------------------------------------
-def test_a_set_compared_with_itself(tmp_path, network):
+def test_a_set_compared_with_itself(tmp_path, network, caplog):
     images = pictures(12)
     folder = write_folder(tmp_path / "images", images)
     file = write_npz(tmp_path / "a.npz", images)
@@ -166,9 +171,12 @@ def test_a_set_compared_with_itself(tmp_path, network):
     assert scores["sfid"] == pytest.approx(0, abs=1e-6)
     assert (scores["precision"], scores["recall"]) == (1, 1)
     assert found["samples"]["pixels_sha256"] == found["reference"]["pixels_sha256"]
+    assert f"{file} and {folder} hold the same images" in caplog.text
+    caplog.clear()
     other = score(write_folder(tmp_path / "other", pictures(12, shift=80)), folder, network)
     assert other["scores"]["fid"] > 1 and other["scores"]["sfid"] > 1
     assert other["samples"]["pixels_sha256"] != found["samples"]["pixels_sha256"]
+    assert "the same images" not in caplog.text
 
 
 def test_precision_and_recall_are_not_swapped(tmp_path, network):
@@ -321,7 +329,8 @@ def test_inception_score_of_files_and_folders(tmp_path, network, caplog, monkeyp
 def test_sets_of_other_sizes(tmp_path, network, caplog):
     """Photos that are not cropped are stretched; files that are not read are named."""
     squares = write_folder(tmp_path / "squares", pictures(6))
-    results = score(squares, squares, network)
+    others = write_folder(tmp_path / "others", pictures(6, seed=1))
+    results = score(squares, others, network)
     assert results["samples"]["sizes"] == [[8, 8]] and not caplog.records
     photos = write_folder(tmp_path / "photos", pictures(6, side=12)[:, :9])
     (photos / "a.ppm").touch()

@@ -169,6 +169,21 @@ def test_a_lock_that_cannot_be_taken_is_named(tmp_path):
         pass
 
 
+def test_a_refused_command_leaves_no_lock(tmp_path):
+    """A hidden .lock stayed in a folder that was there before."""
+    (tmp_path / "own.txt").touch()
+    for name in ("", "a.npz"):
+        with owning(tmp_path, "output folder", name):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == ["own.txt"]
+    with owning(tmp_path, "output folder"):
+        (tmp_path / "new.txt").touch()
+    assert (tmp_path / ".lock").exists()
+    with owning(tmp_path, "output folder"):
+        pass
+    assert (tmp_path / ".lock").exists(), "it is not this command's"
+
+
 def test_the_nearest_path_is_named(tmp_path):
     (tmp_path / "runs" / "mine" / "best").mkdir(parents=True)
     for wrong, meant in (

@@ -58,6 +58,8 @@ def test_results_explain_themselves(finished, shapes_ckpt):
     content = results(finished)
     assert content["status"] == "PARTIAL: 6 of 120 prompts"
     assert content["label"].startswith("shapes prompts, judged by shapes")
+    # 18 of the shapes prompts, say, are 17 in the table, since two are equal.
+    assert "entries that are equal are one prompt" in content["legend"]
     tags = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
     assert list(content["scores"]) == ["overall", *tags, "correct images", "correct prompts"]
     scores = [content["scores"][tag]["mean"] for tag in tags]

@@ -294,6 +294,10 @@ def test_generate_refuses_a_backbone_and_labels_for_captions():
         ),
         (lambda: t2i.load_model("a\0b"), r"source is 'a\\x00b': give a path or a name"),
         (lambda: t2i.load_model("\ud83d"), "give a path or a name"),
+        (
+            lambda: t2i.from_pretrained("a/" + "b" * 256),
+            r"folder is 'a/bb\w+: give a path or a name",
+        ),
         (lambda: t2i.from_pretrained(""), "folder is '': give a path or a name"),
         (lambda: t2i.from_pretrained("x", base=""), "base is '': give a path or a name"),
         (lambda: t2i.load_model("shapes", tokenizer=Image), "tokenizer is <module .*give a path"),

@@ -222,6 +222,10 @@ def test_wrong_settings_of_a_backbone_folder_are_named(tmp_path, change, message
         ({"dropout": -0.5}, "dropout=-0.5 must be at least 0"),
         ({"dropout": 2}, "dropout=2 must be at most 1"),
         ({"n_head": 3}, "dim=32 must be a multiple of n_head=3"),
+        ({"n_layer": 10**9}, "n_layer=1000000000 must be at most 1000"),  # loaded without end
+        ({"vocab_size": 10**12}, "vocab_size=1000000000000 must be at most 1048576"),
+        ({"grid": [4000, 4]}, r"grid=\(4000, 4\) must be at most 1024"),
+        ({"dim": 1 << 20}, r"mis-shaped \(\d+\): "),  # "not enough memory"
     ],
 )
 def test_impossible_sizes_of_a_backbone_folder_are_named(tmp_path, size, message):

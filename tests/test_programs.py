@@ -29,6 +29,7 @@ from t2i.evaluation.generation_folder import GENERATION_FILE, sample_file
 from t2i.files import owning, read_json, write_json
 from t2i.imaging import save_png
 from t2i.model_options import BaseOptions, ModelOptions
+from t2i.models.llamagen.llamagen_model import SIZES
 
 
 # -- errors ----------------------------------------------------------------------------------------
@@ -301,23 +302,40 @@ def test_another_request_for_the_same_folder_is_refused(draws, plain, tiny_world
     )
 
 
-def test_images_of_another_grid_are_not_continued(draws, tiny_world, capsys):
+def test_images_of_another_grid_are_not_continued(tiny_world, tmp_path, monkeypatch, capsys):
     """A renamed weight file does not tell its grid. After a wrong one, the command with the right
-    one used to end with the wrong images, and without a word.
+    one used to end with the wrong images, and without a word; without --out, it was refused.
     """
-    base = ("--ckpt", tiny_world / "base")
-    request = (*base, "--prompt", "a red circle", "--samples", 1, "--out", "o")
-    draws(*request, "--base.grid", 2, 8)
-    text = refused(generate, capsys, *request, "--base.grid", 4, 4)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SIZES, "tiny", {"n_layer": 2, "n_head": 2, "dim": 64})
+    parts = {"weights": "gpt.pt", "tokenizer": "vq.pt", "text-encoder": "text_encoder"}
+    files = [a for o, n in parts.items() for a in (f"--base.{o}", tiny_world / "base" / n)]
+    request = ("--base.family", "llamagen", *files, "--prompt", "a red circle", "--samples", 1)
+    to_o = (*request, "--out", "o")
+    program(generate, *to_o, "--base.grid", 2, 8)
+    text = refused(generate, capsys, *to_o, "--base.grid", 4, 4)
     assert "model.grid [2, 8] there, [4, 4] now" in text
     rounded = ("--base.grid", 2, 8, "--base.text-encoder-dtype", "bfloat16")
-    other = refused(generate, capsys, *request, *rounded)
+    other = refused(generate, capsys, *to_o, *rounded)
     assert "model.text_encoder_dtype 'float32' there, 'bfloat16' now" in other
     record = Path("o", GENERATION_FILE)
     before = read_json(record)
     del before["model"]  # as earlier versions wrote it: their folders are continued
     write_json(record, before)
-    draws(*request, "--base.grid", 2, 8)
+    program(generate, *to_o, "--base.grid", 2, 8)
+    for more in (("--base.grid", 2, 8), ("--base.grid", 4, 4), rounded):
+        program(generate, *request, *more)
+    assert len([*Path("outputs").glob("gpt-2x8-*")]) == 2
+    assert len([*Path("outputs").glob("gpt-4x4-*")]) == 1
+
+
+def test_a_folder_knows_its_grid(draws, tiny_world, capsys):
+    """Another one was used instead of it, silently."""
+    request = ("--prompt", "a red circle", "--samples", 1, "--base.grid")
+    said = refused(generate, capsys, "--ckpt", tiny_world / "base", *request, 2, 8)
+    assert "grid=(2, 8) is given, but" in said and "base/config.json says [4, 4]" in said
+    assert not Path("outputs").exists(), "an empty folder was left"
+    draws(*request, 4, 4)
 
 
 def test_stages_are_added_to_a_folder(draws, plain):

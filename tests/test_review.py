@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from browser import WIDTH, click, phone_in_the_dark, seen, text, type_in
 from PIL import Image
-from programs import program
+from programs import program, refused
 
+from launch import analyze
 from launch import review as run
 from t2i.errors import UserError
 from t2i.evaluation.generation_folder import (
@@ -330,6 +331,16 @@ def test_a_page_of_the_users_own_is_kept(refusal, tmp_path):
     assert "index.html would be overwritten" in message and page.read_text().endswith(
         "mine</title>"
     )
+
+
+def test_pages_of_other_programs_are_kept(refusal, capsys, shapes_ckpt, tmp_path):
+    """`analyze` overwrote the page of `review`, and the other way round."""
+    few = ("--prompt", "a red star", "--samples", 1, "--out")
+    for one, other in ((run, analyze), (analyze, run)):
+        program(one, "--ckpt", shapes_ckpt, *few, tmp_path / one.__name__)
+        program(one, "--ckpt", shapes_ckpt, *few, tmp_path / one.__name__)  # its own
+        said = refused(other, capsys, "--ckpt", shapes_ckpt, *few, tmp_path / one.__name__)
+        assert "index.html would be overwritten, and is not a page of this program" in said
 
 
 def test_the_page_of_a_run_is_kept(refusal, plain):

@@ -296,6 +296,10 @@ def test_a_reward_run_resumes_with_its_own_start_only(plain, copied, tiny_world,
     elsewhere = replace(base.backbone, weights=str(other))
     with pytest.raises(UserError, match=f"that it began with .{plain}"):
         train(replace(on, backbone=elsewhere), RewardRun)
+    gone = replace(base.backbone, weights=str(tmp_path / "gone"))
+    said = "compares itself .* which cannot be read .*/gone is not a file.*; give them as --backbone.weights"
+    with pytest.raises(UserError, match=said):  # the reason why they are needed was missing
+        train(replace(on, backbone=gone), RewardRun)
     moved = shutil.copytree(plain, tmp_path / "moved")
     train(replace(on, backbone=replace(base.backbone, weights=str(moved))), RewardRun)
 

@@ -183,10 +183,15 @@ def test_on_a_phone_and_in_the_dark(tab):
 
 
 def test_a_run_without_metrics(tmp_path):
+    (tmp_path / "later").mkdir()
     write_text(tmp_path / "metrics.jsonl", "")
     write_json(tmp_path / "config.json", {"log": {"control": str(tmp_path / "later")}})
     written = write_run_page(tmp_path).read_text()
     assert "Nothing is logged yet" in written and "control (not there yet)" in written
+    write_text(
+        tmp_path / "later" / "metrics.jsonl", "damaged\n"
+    )  # its curves were said to be dashed
+    assert "control (no metrics to read)" in write_run_page(tmp_path).read_text()
 
 
 def test_sheets_are_in_the_order_of_steps(tmp_path):

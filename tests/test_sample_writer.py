@@ -188,6 +188,18 @@ def test_a_missing_png_is_drawn_again_with_its_batch(tmp_path):
     assert rest.drawn == [(3, 6)] and folder_content(out.parent) == whole
 
 
+@pytest.mark.parametrize("damage", [slice(0, 0), slice(-9), slice(0, None, 2)])
+def test_a_damaged_png_is_drawn_again_with_its_batch(tmp_path, damage):
+    """It was kept, for the scores to stumble over."""
+    out = write(tmp_path / "samples")
+    whole = folder_content(out.parent)
+    file = out / "000004.png"
+    file.write_bytes(file.read_bytes()[damage])
+    rest = Draw()
+    write(out, rest)
+    assert rest.drawn == [(3, 6)] and folder_content(out.parent) == whole
+
+
 def test_two_processes_write_what_one_writes(out):
     write(out)
     whole, drawn = folder_content(out.parent), [Draw(), Draw()]

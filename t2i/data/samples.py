@@ -11,7 +11,7 @@ from torch import Tensor
 
 from t2i.data.content import printable
 from t2i.data.images import UNFETCHED, FileSlice, ImageRef, SkipSample, read_bytes
-from t2i.errors import UserError, shorten
+from t2i.errors import UserError, is_utf16, shorten
 from t2i.lfs import LFS_POINTER
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -213,7 +213,8 @@ def _as_text(value: Any) -> str:
         try:
             return value.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise SkipSample("caption is not UTF-8") from error
+            kind = "UTF-16 (save it as UTF-8)" if is_utf16(value) else "not UTF-8"
+            raise SkipSample(f"caption is {kind}") from error
     if not isinstance(value, str):
         raise SkipSample("caption is not text")
     return value

@@ -14,6 +14,8 @@ from t2i.charts import Chart, Series, save_chart
 from t2i.files import write_json, write_text
 from t2i.pages import chart_html, facts_html, frames_html, html_page, table_html
 
+TITLE = ": evidence</title>"
+"""How the title of such a page ends."""
 _KINDS = {"own_drafts": "own drafts", "noised_truth": "noised truth"}
 
 

@@ -26,6 +26,10 @@ from t2i.lfs import refuse_pointers
 GENERATION_FILE = "generation.json"
 _MAX_GRID_IMAGES = 64
 SHEETS = {"grid.png", "stages.png"}
+_OWN_PROMPTS = (
+    ". A benchmark judges images of its own prompts: let it draw them (--ckpt), or give the file "
+    "that these were drawn from (GenEval --prompts, with GenEval's metadata; DPG-Bench --questions)"
+)
 _KNOWN = SHEETS | {"stages", "samples", "metadata.jsonl", GENERATION_FILE}
 
 
@@ -159,6 +163,8 @@ class Inventory:
     """Expected images without a file."""
     problems: list[str] = field(default_factory=list)
     """What would be judged wrongly (extra samples, other prompts); always refused."""
+    other_prompts: bool = False
+    """Whether some images are of prompts that the benchmark does not have."""
     unread: list[str] = field(default_factory=list)
     """Names that no evaluator of this layout reads; they are ignored."""
 
@@ -169,7 +175,10 @@ class Inventory:
     def check(self, *, allow_missing: bool) -> None:
         """UserError if the folder cannot be judged; the message names the reasons."""
         if self.problems:
-            raise UserError(f"{self.folder} cannot be judged: {shorten(self.problems, '; ')}")
+            advice = _OWN_PROMPTS if self.other_prompts else ""
+            raise UserError(
+                f"{self.folder} cannot be judged: {shorten(self.problems, '; ')}{advice}"
+            )
         if not any(self.found.values()):
             within = self.folder / "images"
             meant = f"; is {within} meant?" if within.is_dir() else self._unread_note()
@@ -230,9 +239,11 @@ def take_inventory(
     folders = inventory.numbered(folder, r"(\d+)", Path.is_dir)
     for index in sorted(folders):
         if index >= len(entries):
+            inventory.other_prompts = True
             name = folders[index].name
             inventory.problems.append(f"folder {name} belongs to none of {len(entries)} prompts")
         elif problem := _metadata_problem(folders[index], entries[index]):
+            inventory.other_prompts |= " instead of " in problem
             inventory.problems.append(problem)
     more: list[Path] = []
     for index in selected:

@@ -5,10 +5,11 @@
     OUT/verdicts/<key>/overlays/00000_00000.png   what the judge saw, for the gallery (optional)
 
 A verdict records the SHA-256 of its image file; an image is judged again if and only if it has
-changed.
+changed, or if its verdict has no checksum.
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +30,8 @@ from t2i.files import (
 from t2i.imaging import save_png
 from t2i.processes import Processes
 from t2i.progress import progress_bar
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Verdicts:
     def __init__(self, out: Path, judge: dict, prompts: dict):
         self.about = {"judge": judge, "prompts": prompts}
         self.folder = out / "verdicts" / json_sha256(self.about)[:12]
+        self._told = False
 
     def overlay(self, prompt_index: int, sample: int) -> Path:
         """The file of an image's overlay; it exists only if the judge gave one."""
@@ -73,13 +77,20 @@ class Verdicts:
             lines = read_json_lines(path)
         except UserError as error:
             raise UserError(f"{path} is damaged ({error}); delete it to judge again") from error
+        found: dict[int, dict] = {}
         for line in lines:
-            check = line.pop("check", None)  # older versions wrote none
+            check = line.pop("check", None)
             if not {"sample", "sha256"} <= line.keys() or {"row", "unreadable"}.isdisjoint(line):
                 raise UserError(f"{path} is damaged ({line!r:.80}); delete it to judge again")
-            if check not in (None, json_sha256(line)):
+            if check is None:  # an older version's, or another tool's
+                if not self._told:
+                    log.warning("%s: verdicts without a checksum are judged again", path)
+                self._told = True
+            elif check != json_sha256(line):
                 raise UserError(f"{path} has changed ({line!r:.80}); delete it to judge again")
-        return {line["sample"]: line for line in lines}
+            else:
+                found[line["sample"]] = line
+        return found
 
     def write(self, prompt_index: int, lines: dict[int, dict]) -> None:
         """Replace a prompt's lines."""

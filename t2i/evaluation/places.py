@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from t2i.data.sources.folders import is_image
 from t2i.errors import UserError
@@ -244,7 +245,19 @@ class NumberedImages(Place):
         return self.out / f"{number:06d}.png"
 
     def missing(self, batch: Sequence[Job]) -> set[Job]:
-        return {job for job in batch if not self._file(job[0]).exists()}
+        return {job for job in batch if not self._has(self._file(job[0]))}
+
+    def _has(self, file: Path) -> bool:
+        """Whether an image is there and its checksums are right; reading 50,000 takes minutes."""
+        if not file.exists():
+            return False
+        try:
+            with Image.open(file) as image:
+                image.verify()
+        except Exception as error:  # for damaged files, Pillow's parsers raise nearly anything
+            log.error("%s is damaged (%s); drawing it again", file, error)
+            return False
+        return True
 
     def write(self, images: Sequence[Drawn]) -> None:
         for drawn in images:

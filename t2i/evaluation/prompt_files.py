@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from t2i.errors import UserError
-from t2i.files import parse_json, reading
+from t2i.errors import UserError, refuse_utf16
+from t2i.files import once_each, parse_json, reading
 from t2i.models.conditions import check_captions
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,9 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
 
 def _read_file(path: Path) -> list[dict]:
     with reading(f"prompt file {path}"):
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        content = path.read_bytes()
+    refuse_utf16(content, f"prompt file {path}")
+    lines = content.removeprefix(codecs.BOM_UTF8).splitlines()
     suffix = path.suffix.lower()
     if suffix in (".json", ".csv", ".tsv"):
         raise UserError(
@@ -84,7 +86,7 @@ def _parse_text_line(line: bytes, where: str) -> dict:
 
 def _parse_json_line(line: bytes, where: str) -> dict:
     try:
-        entry = parse_json(line, parse_constant=_refuse)
+        entry = parse_json(line, parse_constant=_refuse, object_pairs_hook=once_each)
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise UserError(f"{where} is not JSON: {error}") from error
     prompt = entry.get("prompt") if isinstance(entry, dict) else None

@@ -39,6 +39,8 @@ from t2i.pages import embedded_json, html_page
 from t2i.sampling import SamplingConfig
 
 COLUMNS, BROUGHT = "columns", "brought"
+DATA = '<script id="review"'
+"""How the data begins in such a page."""
 _SAMPLE = re.compile(r"samples/(\d+)\.png")
 _OTHERS = re.compile(r"metadata\.jsonl|stages/\d{5,}(_\d+\.png|\.json)")
 """Names within a prompt's folder: samples as judges read them, the rest as this kit names them."""

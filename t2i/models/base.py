@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     from t2i.sources import BackboneSource
 
 
+MOST_LAYERS, MOST_SIZE = 1000, 1 << 20
+"""Upper limits of a model's layers and other sizes. Larger numbers, as of a damaged or edited file,
+would fill memory, or build layers without end.
+"""
+
+
 @dataclass(frozen=True)
 class BackboneSpec:
     """Facts about a backbone that the rest of the kit may use."""

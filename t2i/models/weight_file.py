@@ -58,8 +58,12 @@ class WeightFileBackbone(Backbone):
         elif grid is not None:
             config = replace(config, grid=grid)
         build: Any = cls  # each family's class takes its config
-        device = "meta" if options.shapes_only else "cpu"
-        backbone = build_empty(lambda: build(config), options.dtype, device)
+        backbone = build_empty(lambda: build(config), options.dtype, "meta")
+        held = sum(tensor.numel() for tensor in state_dict.values())
+        if sum(weight.numel() for weight in backbone.parameters()) > held:
+            # Names what does not fit, before memory is taken for all of it.
+            backbone.fill({name: tensor.to("meta") for name, tensor in state_dict.items()}, path)
+        backbone = backbone.to_empty(device="meta" if options.shapes_only else "cpu")
         backbone.fill(state_dict, path)
         return backbone
 

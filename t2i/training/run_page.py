@@ -62,7 +62,7 @@ def write_run_page(run_dir: str | Path) -> Path:
     if control is not None:
         there = (Path(control) / METRICS).is_file()
         other = read_metrics(control) if there else []
-        state = "dashed" if there else "not there yet"
+        state = "dashed" if other else "no metrics to read" if there else "not there yet"
         beside = f'<p class="faint">control ({state}): {html.escape(control)}</p>'
     charts = metric_charts(rows, other)
     drawn = "".join(map(chart_html, charts)) or '<p class="empty">Nothing is logged yet.</p>'

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -160,11 +161,21 @@ def _given_files(options: BackboneOptions, source: BackboneSource) -> dict[str, 
     """
     here = expand_folder(source)
     given = {"tokenizer": options.tokenizer, "text_encoder": options.text_encoder}
+    unused = []
     for name, place in given.items():
         own = getattr(here, name)
         if place and not Path(place).exists() and own and Path(own).exists():
             given[name] = None
+            unused.append(place)
+    if unused:
+        _say_whose(" and ".join(unused), source.weights)
     return given
+
+
+@cache
+def _say_whose(unused: str, folder: str) -> None:
+    """Said once, also for a recipe's names: they cannot be told from those that a user gives."""
+    log.info("not used: %s; %s has its own", unused, folder)
 
 
 def start_facts(config: TrainConfig) -> dict[str, str]:
@@ -183,7 +194,14 @@ def start_facts(config: TrainConfig) -> dict[str, str]:
 def check_start(config: TrainConfig, folder: Path) -> None:
     """UserError if a run that compares itself with its start is resumed with another start."""
     before = read_config(folder)["training"].get("start")
-    if isinstance(before, dict) and before.get("sha256") != start_facts(config)["sha256"]:
+    try:
+        now = start_facts(config)
+    except UserError as error:
+        raise UserError(
+            f"cannot resume {folder}: the run compares itself with the weights that it began with, "
+            f"which cannot be read ({error}); give them as --backbone.weights, wherever they are now"
+        ) from error
+    if isinstance(before, dict) and before.get("sha256") != now["sha256"]:
         raise UserError(
             f"cannot resume {folder} with backbone.weights={config.backbone.weights}: the run needs "
             f"the weights that it began with ({before.get('weights')}), and these are different; "

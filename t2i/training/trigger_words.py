@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2i.checkpoint_folders import read_config
-from t2i.errors import UserError
+from t2i.errors import UserError, naming
 from t2i.training.config import DataOptions
 
 if TYPE_CHECKING:
@@ -75,7 +75,9 @@ def without_trigger(checkpoint: Path | None, prompts: Sequence[str]) -> str:
     if checkpoint is None:
         return ""
     training = read_config(checkpoint)["training"]
-    typed = {prompt: with_trigger(training, prompt) for prompt in prompts}
+    with naming(f"{checkpoint}/config.json"):
+        words = DataOptions(trigger=trigger_of(training))
+    typed = {prompt: words.with_trigger(prompt) for prompt in prompts}
     lacking = [prompt for prompt, full in typed.items() if full != prompt]
     if not lacking:
         return ""

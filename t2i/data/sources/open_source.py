@@ -62,6 +62,11 @@ def open_source(wanted: CaptionedImages) -> Source:
     opened = _open_files(found, wanted)
     opened.left_out += found.left_out
     opened.remarks += found.remarks
+    if wanted.streaming and opened.length is not None:
+        opened.remarks.append(
+            f"data.streaming has no effect on {wanted.source}: only parquet and hub data have a copy "
+            "to do without"
+        )
     return opened
 
 

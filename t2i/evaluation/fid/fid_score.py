@@ -218,6 +218,8 @@ def score_images(
     )
     assert measured.features is not None, "a set of images has features"
     _warn_of_sizes(measured.about["sizes"], against.about.get("sizes"))
+    if measured.about["pixels_sha256"] == against.about.get("pixels_sha256"):
+        log.warning(f"{samples} and {reference} hold the same images, so these scores say nothing")
     by_order = _inception_scores(measured.features, network.fc.weight)
     order = "file" if images.kind == "npz" else "shuffled"
     scores = {"inception_score": by_order[order]["mean"], **_compare(measured, against)}

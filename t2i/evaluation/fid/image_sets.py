@@ -6,6 +6,7 @@ order. For a folder, all images below it are read, sorted by path; if this kit g
 (`00000/samples/00000.png`), only the samples, not the sheets and refinement stages next to them.
 """
 
+import math
 import re
 import tokenize
 import zipfile
@@ -36,7 +37,7 @@ class NpzImages:
     """The images `arr_0` uint8 [N, H, W, 3] of an .npz file.
 
     Raises:
-        UserError: the file does not exist, is not an .npz, or has no `arr_0` of this kind.
+        UserError: the file does not exist, is not an .npz, or has no whole `arr_0` of this kind.
     """
 
     kind = "npz"
@@ -51,6 +52,13 @@ class NpzImages:
                 f"{path}: arr_0 is {layout}{dtype} {list(shape)}; images must be uint8 "
                 "[N, H, W, 3] in C order"
             )
+        with zipfile.ZipFile(path) as archive:
+            size = archive.getinfo("arr_0.npy").file_size
+        if size < math.prod(shape):
+            raise UserError(
+                f"{path}: the header of arr_0 says {list(shape)}, but only {size:,} bytes follow: it is "
+                "truncated, or the header is damaged"
+            )
         self.shape = tuple(shape[1:])
         self.count = shape[0]
         self.left_out = 0
@@ -64,10 +72,6 @@ class NpzImages:
             for start in range(0, self.count, size):
                 count = min(size, self.count - start)
                 data = file.read(count * bytes_per_image)
-                if len(data) < count * bytes_per_image:
-                    raise UserError(
-                        f"{self.path} ends before image {start + count}: it is truncated"
-                    )
                 yield list(np.frombuffer(data, np.uint8).reshape(count, *self.shape))
 
 
@@ -122,7 +126,8 @@ def open_images(path: str | Path) -> ImageSet:
     if path.is_dir():
         return FolderImages(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give an .npz file or a folder of images")
+        problem = "is no regular file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {problem}; give an .npz file or a folder of images")
     return NpzImages(path)
 
 

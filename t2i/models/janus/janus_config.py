@@ -9,6 +9,7 @@ from torch import Tensor
 
 from t2i.errors import UserError
 from t2i.fields import check_types, leaves, read_object
+from t2i.models.base import MOST_LAYERS, MOST_SIZE
 from t2i.models.blocks import LlamaConfig
 from t2i.models.janus import janus_weights as names
 from t2i.models.tokenizers.vq import VQConfig
@@ -89,8 +90,6 @@ _STATED = (  # part of DeepSeek's configuration, the weight that it describes, o
     ),
 )
 
-_MOST_LAYERS, _MOST = 1000, 1 << 20
-"""Larger numbers, as of a damaged file, would fill memory."""
 SIZES = {
     "1B": {
         "hidden_size": 2048,
@@ -143,7 +142,7 @@ class JanusShape:
         given = leaves(self.transformers)
         for name, usual in leaves(_DEFAULTS).items():
             value = given.get(name)
-            most = _MOST_LAYERS if name.endswith(("layers", "depth")) else _MOST
+            most = MOST_LAYERS if name.endswith(("layers", "depth")) else MOST_SIZE
             fits = type(value) is type(usual) or (type(usual), type(value)) == (float, int)
             if fits and type(usual) in (int, float) and name != "image_token_id":
                 fits = 0 < value < most  # type: ignore[operator]  # nor NaN

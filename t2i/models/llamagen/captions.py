@@ -33,7 +33,9 @@ _READABLE = re.compile("[a-z0-9]")
 # With this many hyphens and underscores or more, they stand for spaces: this-is-my-cute-cat.
 _MANY_JOINERS = 4
 
-_HOST = r"[a-z0-9.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
+_WORD = re.compile(r"\S+")
+_TOP_LEVEL = re.compile(r"\.(?:com|co|ru|net|org|edu|gov|it)")
+_HOST = rf"[a-z0-9.\-]+{_TOP_LEVEL.pattern}[\w/-]*\b/?(?!@)"
 _DASHES = (
     r"[\u002D\u058A\u05BE\u1400\u1806\u2010-\u2015\u2E17\u2E1A\u2E3A\u2E3B\u2E40"
     r"\u301C\u3030\u30A0\uFE31\uFE32\uFE58\uFE63\uFF0D]+"
@@ -98,6 +100,23 @@ def _replace(pattern: str, replacement: str = "") -> Callable[[str], str]:
     return partial(re.compile(pattern).sub, replacement)
 
 
+def _addresses(scheme: str, rest: str = "") -> Callable[[str], str]:
+    """Remove what begins with a scheme, and host names, each with what `rest` matches after it."""
+    schemes = _replace(rf"\b(?:{scheme}){rest}")
+    both = _replace(rf"\b(?:{scheme}|{_HOST}){rest}")
+
+    def remove(text: str) -> str:
+        # Words without a top-level domain hold no host: trying each letter of one for the start of
+        # a host took a minute for 100,000.
+        if not _TOP_LEVEL.search(text):
+            return schemes(text)
+        return _WORD.sub(
+            lambda word: (both if _TOP_LEVEL.search(word[0]) else schemes)(word[0]), text
+        )
+
+    return remove
+
+
 def _markup_to_text(text: str) -> str:
     if "<" not in text and "&" not in text:
         return text  # skips the parser, by far the slowest step
@@ -121,7 +140,7 @@ def _repair_characters(text: str) -> str:
     return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 
-_ADDRESS = _replace(rf"\b(?:https?:\S+|{_HOST})\S*")
+_ADDRESS = _addresses(r"https?:\S+", r"\S*")
 
 _PASS: tuple[Callable[[str], str], ...] = (
     unquote_plus,
@@ -129,8 +148,8 @@ _PASS: tuple[Callable[[str], str], ...] = (
     str.lower,
     _replace("<person>", "person"),
     # Addresses and markup. From here on entities can bring back capital letters.
-    _replace(rf"\b(?:https?:(?:/{{1,3}}|[a-z0-9%])|{_HOST})"),
-    _replace(rf"\b(?:www:(?:/{{1,3}}|[a-z0-9%])|{_HOST})"),
+    _addresses(r"https?:(?:/{1,3}|[a-z0-9%])"),
+    _addresses(r"www:(?:/{1,3}|[a-z0-9%])"),
     _markup_to_text,
     _replace(r"@\w+\b"),  # @nickname
     # Character sets.
@@ -152,7 +171,7 @@ _PASS: tuple[Callable[[str], str], ...] = (
     _replace("[\"']{2,}", '"'),
     _replace(r"\.{2,}", " "),
     _replace(_BAD_PUNCTUATION, " "),
-    _replace(r"\s+\.\s+", " "),
+    _replace(r"(?<!\s)\s+\.\s+", " "),
     _split_joined_words,
     _repair_characters,
     # Article numbers: jc6640, jc6640vc, 6640vc231.

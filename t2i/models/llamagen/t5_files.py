@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5Enc
 from t2i.errors import UserError
 from t2i.fields import read_object
 from t2i.lfs import refuse_pointers
+from t2i.models.base import MOST_LAYERS
 from t2i.published import fetch_model, files_sha256
 from t2i.weights import check_loading, refuse_not_finite
 
@@ -95,6 +96,10 @@ def load_encoder(folder: Path, dtype: torch.dtype, *, shapes_only: bool = False)
         config = T5Config.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # huggingface_hub's own classes, for a setting of the wrong type
         raise UserError(f"{folder}/config.json does not describe a T5: {error}") from error
+    if not 0 < config.num_layers <= MOST_LAYERS:
+        raise UserError(
+            f"{folder}/config.json: num_layers={config.num_layers} must be from 1 to {MOST_LAYERS}"
+        )
     if shapes_only:
         with torch.device("meta"):
             outline: Any = T5EncoderModel(config)
