@@ -429,7 +429,8 @@ def test_scripts_end_in_one_line(command, message, tmp_path):
     script, *arguments = command
     run = [sys.executable, str(ROOT / script), *arguments]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 1 and done.stdout == ""
+    said = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
+    assert done.returncode == 1 and not said  # older versions of torch print about Gloo
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -36,6 +36,8 @@ def step(model: TensorAR, compiled: bool) -> tuple[torch.Tensor, list[torch.Tens
 @pytest.mark.skipif(bool(compiler_lacks(CPU)), reason="no C++ compiler")
 @pytest.mark.parametrize("handed_over", [False, True])
 def test_compiled_blocks_train_alike(backbone, monkeypatch, handed_over):
+    if handed_over and not hasattr(torch.backends.mkldnn, "matmul"):
+        pytest.skip("this version of torch cannot hand products over")
     torch.compiler.reset()  # after a few shapes in one process, torch stops compiling
     model = TensorAR(backbone, presets.iclr2026()).train().requires_grad_(True)
     for layer in model.modules():

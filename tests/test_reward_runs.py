@@ -99,7 +99,7 @@ def test_it_learns(tiny_world):
         engine__micro_batch=16,
         reward__group=16,
     )
-    learn(replace(config, batch_size=64, steps=15))
+    learn(replace(config, batch_size=64, steps=30))
     rows = metrics(tiny_world, "reward-learns")
     first, last = (sum(row["reward/mean"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
     assert last > first + 2 * rows[0]["reward/std"] / (5 * 64) ** 0.5 * 2**0.5
