@@ -370,7 +370,7 @@ def test_a_contenders_threads_end_with_its_turn():
         "-c",
         """if True:
         import os, torch
-        from launch.measure.turns import release_threads
+        from t2i.processes import release_threads
 
         torch.set_num_threads(4)
         before = len(os.listdir("/proc/self/task"))

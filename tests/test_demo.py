@@ -11,6 +11,7 @@ import pytest
 import torch
 from browser import CHROMIUM, open_browser
 from helpers import open_gates, tiny_llamagen, tiny_open_magvit2
+from programs import launch
 
 import t2i
 from launch import demo as run
@@ -192,6 +193,24 @@ def test_errors_of_the_work_are_raised():
     assert next(found) == 1
     with pytest.raises(UserError, match="no"):
         next(found)
+
+
+def test_idle_threads_do_not_slow_down_the_work():
+    """Those that the main thread computed with while it loaded a model made it half as fast."""
+    launch(
+        "-c",
+        """if True:
+        import os, torch
+        from t2i.demo.live import reports
+
+        torch.set_num_threads(4)
+        before = len(os.listdir("/proc/self/task"))
+        torch.ones(1_000_000).add_(1)
+        assert len(os.listdir("/proc/self/task")) == before + 3
+        (there,) = reports(lambda report: report(len(os.listdir("/proc/self/task"))))
+        assert there == before + 1, (there, before)
+        """,
+    )
 
 
 def test_too_little_memory_is_reported(model, monkeypatch):

@@ -6,7 +6,6 @@ that know nothing of turns (`generate` of transformers and of LlamaGen) can be p
 two steps of an image.
 """
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,8 @@ from threading import Semaphore, Thread
 from typing import Protocol
 
 import torch
+
+from t2i.processes import release_threads
 
 
 def waiting(device: torch.device) -> Callable[[], None]:
@@ -31,18 +32,6 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     work()
     wait()
     return time.perf_counter() - start
-
-
-def release_threads() -> None:
-    """End the OpenMP threads that this thread computes with; its next work starts new ones.
-
-    GNU's OpenMP gives each thread a team of its own. While all teams together have more threads
-    than there are processors, theirs sleep between two parallel parts instead of spinning, even if
-    the other teams are idle: a step of many short parts took up to twice as long.
-    """
-    pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
-    if pause is not None:
-        pause(1)  # soft: its settings stay
 
 
 Tick = Callable[[], None]

@@ -15,6 +15,7 @@ from t2i.demo.request import Limit, Request, limits
 from t2i.errors import UserError
 from t2i.generation import Drawn, Job, draw_images, parse_conditions, to_images
 from t2i.model_options import ModelOptions
+from t2i.processes import release_threads
 from t2i.sampling import DrawOptions
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import drawn_windows
@@ -72,6 +73,7 @@ class Models:
         with self._lock:
             if name not in self._loaded:
                 self._loaded[name] = self.options[name].load(*self.where)
+                release_threads()  # models draw in threads of their own
             return self._loaded[name]
 
     def limits(self, name: str) -> dict[str, Limit]:
@@ -188,6 +190,7 @@ def reports(work: Callable[[Callable[[T | None], None]], None]) -> Iterator[T]:
             error = raised
         queue.put(_Ended(error))
 
+    release_threads()
     threading.Thread(target=run, name="drawing", daemon=True).start()
     try:
         while not isinstance(item := queue.get(), _Ended):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from t2i.errors import UserError
+from t2i.processes import release_threads
 from t2i.reward.reward_options import RewardOptions
 from t2i.reward.rewards import Entries, Images, Reward, defaults_kept, load_rewards
 
@@ -115,6 +116,7 @@ class Panel:
             except BaseException as error:
                 outcome[1] = error
 
+        release_threads()
         thread = threading.Thread(target=work, name=f"reward {name}", daemon=True)
         thread.start()
         thread.join(self._seconds)
