@@ -14,6 +14,7 @@ width.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +56,8 @@ from t2i.manifest import refuse_in_checkpoint
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 
-_DECODE_THREADS = 4  # Pillow releases Python's lock while it decodes
+_DECODE_THREADS = max(4, min(16, os.cpu_count() or 1))
+"""Pillow releases Python's lock while it decodes."""
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
