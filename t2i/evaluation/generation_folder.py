@@ -242,8 +242,9 @@ def take_inventory(
             inventory.other_prompts = True
             name = folders[index].name
             inventory.problems.append(f"folder {name} belongs to none of {len(entries)} prompts")
-        elif problem := _metadata_problem(folders[index], entries[index]):
-            inventory.other_prompts |= " instead of " in problem
+        elif found := _metadata_problem(folders[index], entries[index]):
+            problem, other = found
+            inventory.other_prompts |= other
             inventory.problems.append(problem)
     more: list[Path] = []
     for index in selected:
@@ -263,13 +264,14 @@ def take_inventory(
     return inventory
 
 
-def _metadata_problem(folder: Path, entry: dict) -> str | None:
+def _metadata_problem(folder: Path, entry: dict) -> tuple[str, bool] | None:
+    """What is wrong with a folder's metadata, and whether they are another prompt's."""
     path = folder / "metadata.jsonl"
     try:
         known = read_json(path)
     except UserError as error:
-        return f"{folder.name}/metadata.jsonl cannot be read ({error})"
+        return f"{folder.name}/metadata.jsonl cannot be read ({error})", False
     if known != entry:
         was, wanted = _differing(known, entry)
-        return f"{folder.name} holds images of {was} instead of {wanted}"
+        return f"{folder.name} holds images of {was} instead of {wanted}", True
     return None

@@ -194,6 +194,8 @@ def start_facts(config: TrainConfig) -> dict[str, str]:
 def check_start(config: TrainConfig, folder: Path) -> None:
     """UserError if a run that compares itself with its start is resumed with another start."""
     before = read_config(folder)["training"].get("start")
+    if not isinstance(before, dict):
+        return
     try:
         now = start_facts(config)
     except UserError as error:
@@ -201,7 +203,7 @@ def check_start(config: TrainConfig, folder: Path) -> None:
             f"cannot resume {folder}: the run compares itself with the weights that it began with, "
             f"which cannot be read ({error}); give them as --backbone.weights, wherever they are now"
         ) from error
-    if isinstance(before, dict) and before.get("sha256") != now["sha256"]:
+    if before.get("sha256") != now["sha256"]:
         raise UserError(
             f"cannot resume {folder} with backbone.weights={config.backbone.weights}: the run needs "
             f"the weights that it began with ({before.get('weights')}), and these are different; "
