@@ -76,12 +76,12 @@ def main() -> None:
         jobs = all_jobs(range(len(entries)), config.samples)
         rows = min(config.batch_size, len(jobs))
         options = replace(config.drawing(model), batch_size=rows, stages=config.stages)
-        out = config.out
+        request, out = draw.PromptRequest(model, entries, options), config.out
         if out is None:
-            out = _OUTPUTS / f"{config.name()}-{draw.request_hash(model, entries, options)}"
+            out = _OUTPUTS / f"{config.name()}-{request.short_hash}"
             held.enter_context(owning(out, "image folder"))
         remove_leftovers(out)
-        draw.draw_prompts(model, entries, jobs, out, options, show_steps=True)
+        draw.draw_prompts(request, jobs, out, show_steps=True)
         stages = draw.count_stages(model, options)
         sheets = write_sheets(out, entries, samples_per_prompt=config.samples, stages=stages)
     print("\n".join(f"wrote {path}" for path in sheets))

@@ -173,7 +173,7 @@ def _draw(
     options = replace(
         model_options.drawing(model, among_others=True), batch_size=rows, stages=stages
     )
-    draw.draw_prompts(model, entries, jobs, place, options)
+    draw.draw_prompts(draw.PromptRequest(model, entries, options), jobs, place)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 from t2i.checkpoint import from_pretrained, save_pretrained, trained_parts
 from t2i.checkpoint_folders import EXPORTED, choose_checkpoint, find_checkpoint, read_config
 from t2i.errors import UserError
-from t2i.evaluation.draw import draw_prompts
+from t2i.evaluation.draw import PromptRequest, draw_prompts
 from t2i.evaluation.generation_folder import write_sheets
 from t2i.fields import read_object
 from t2i.files import file_sha256, owning, replacing_folder, writable_folder, write_json, write_text
@@ -94,8 +94,8 @@ def export(options: ExportOptions) -> Path:
             entries = [{"prompt": prompt} for prompt in options.prompt]
             folder, count = partial / "samples", options.samples
             jobs = all_jobs(range(len(entries)), count)
-            drawing = DrawOptions(batch_size=min(16, len(jobs)))
-            draw_prompts(drawn, entries, jobs, folder, drawing, show_steps=True)
+            request = PromptRequest(drawn, entries, DrawOptions(batch_size=min(16, len(jobs))))
+            draw_prompts(request, jobs, folder, show_steps=True)
             sheet = write_sheets(folder, entries, samples_per_prompt=count)[0]
             grid = sheet.relative_to(partial).as_posix()
         for part in parts:

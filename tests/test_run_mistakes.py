@@ -14,7 +14,7 @@ from runs import tiny_reward_run, tiny_run
 
 import t2i
 from t2i.errors import UserError
-from t2i.evaluation.draw import generation_settings, request_hash
+from t2i.evaluation.draw import PromptRequest
 from t2i.evaluation.places import GenerationFolder
 from t2i.files import json_sha256, replacing_folder
 from t2i.manifest import refuse_in_checkpoint, write_manifest
@@ -370,15 +370,18 @@ def test_a_request_depends_on_the_settings_of_the_method(plain):
     """
     model, own = t2i.from_pretrained(plain), SamplingConfig()
 
+    def request(sampling: SamplingConfig) -> PromptRequest:
+        return PromptRequest(model, [{"prompt": "a"}], DrawOptions(sampling=sampling))
+
     def named(sampling: SamplingConfig, **method) -> str:
         model.config = replace(TensorARConfig(k=3), **method)
-        return request_hash(model, [{"prompt": "a"}], DrawOptions(sampling=sampling))
+        return request(sampling).short_hash
 
     renoised = replace(own, renoise=0.5)
     assert named(own) == named(own, schedule="linear") != named(own, residual="all")
     assert named(renoised) != named(renoised, schedule="linear")
     model.config = TensorARConfig(k=3)
-    settings = generation_settings(model, [{"prompt": "a"}], DrawOptions(sampling=own))
+    settings = request(own).settings
     names = (
         "prompts",
         "seed",

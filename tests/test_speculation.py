@@ -14,7 +14,7 @@ import t2i
 from launch.lab import fewer_steps, strides, strides_report
 from t2i import generation
 from t2i.errors import UserError
-from t2i.evaluation.draw import draw_prompts
+from t2i.evaluation.draw import PromptRequest, draw_prompts
 from t2i.files import read_json
 from t2i.generation import all_jobs, choose_run
 from t2i.model_options import ModelOptions
@@ -246,7 +246,8 @@ def test_a_folder_keeps_its_speculation(tmp_path, monkeypatch):
 
     def fill(count, speculate="auto", processes=ALONE):
         options = DrawOptions(batch_size=1, speculate=speculate)
-        draw_prompts(model, entries, all_jobs(range(count), 1), tmp_path, options, processes)
+        request = PromptRequest(model, entries, options)
+        draw_prompts(request, all_jobs(range(count), 1), tmp_path, processes)
         return read_json(tmp_path / "generation.json")["speculate"]
 
     used, whole = [], generation.sample_windows

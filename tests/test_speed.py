@@ -236,9 +236,10 @@ def test_a_request_draws_all_batches_at_one_speed(recorded, monkeypatch, tmp_pat
     model = small(tiny_llamagen("class"))
     monkeypatch.setattr("t2i.generation.to_images", lambda *_: [Image.new("RGB", (4, 4))] * 4)
     entries = [{"prompt": str(i)} for i in range(6)]
-    draw_module.draw_prompts(
-        model, entries, all_jobs(range(6), 1), tmp_path / "out", DrawOptions(batch_size=4)
-    )
+    request = draw_module.PromptRequest(model, entries, DrawOptions(batch_size=4))
+    assert len(request.short_hash) == 8
+    monkeypatch.setattr(draw_module, "weights_hashes", None)  # once: it takes seconds
+    draw_module.draw_prompts(request, all_jobs(range(6), 1), tmp_path / "out")
     assert asked == [("auto", 2 * 16), *[("eager", 16)] * 2]
 
 

@@ -8,7 +8,8 @@ images go and which exist already.
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -120,12 +121,34 @@ def _batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
 
 
 # -- prompts ---------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class PromptRequest:
+    """Prompts, and the model and the options to draw them with."""
+
+    model: TensorAR
+    entries: Sequence[dict]
+    """All prompts, not only those to draw now; a prompt's number is its index here."""
+    options: DrawOptions
+
+    @cached_property
+    def settings(self) -> dict:
+        """Everything that determines the images, as JSON values; hashing weights takes seconds."""
+        settings = image_settings(self.model, self.options) | {"kit_version": __version__}
+        return {"prompts": prompts_digest(self.entries), **settings}
+
+    @property
+    def short_hash(self) -> str:
+        """A short hash of the settings that name a folder of images."""
+        # Empty settings are left out, so that folders keep the names they had before a setting
+        # existed.
+        present = {key: self.settings[key] for key in _NAMED if self.settings[key] != {}}
+        return json_sha256(present)[:8]
+
+
 def draw_prompts(
-    model: TensorAR,
-    entries: Sequence[dict],
+    request: PromptRequest,
     jobs: Sequence[Job],
     folder: Path,
-    options: DrawOptions,
     processes: Processes = ALONE,
     *,
     show_steps: bool = False,
@@ -133,19 +156,18 @@ def draw_prompts(
     """Draw those of these images that a generation folder lacks; every process calls this.
 
     Args:
-        entries: all prompts, not only those to draw; a prompt's number is its index here.
         show_steps: let the progress bar count the steps of each batch instead of all images.
 
     Raises:
         UserError: the folder holds images of other prompts, settings or weights.
     """
+    model, entries, options = request.model, request.entries, request.options
     prompts = parse_conditions(model.backbone, [entry["prompt"] for entry in entries])
     place = GenerationFolder(folder, entries, processes, stages=count_stages(model, options))
-    settings = generation_settings(model, entries, options)
     batches = _batches(jobs, options.batch_size)
     for batch in batches:  # the last one is padded, so that all have the same matrix shapes
         batch += [batch[-1]] * (options.batch_size - len(batch))
-    options = _claim(place, settings, model, options, len(batches), compared=_MUST_MATCH)
+    options = _claim(place, request.settings, model, options, len(batches), compared=_MUST_MATCH)
     place.write_prompts(sorted({prompt for prompt, _ in jobs}))
     _warn_if_alike(model, options, any(sample for _, sample in jobs))
 
@@ -175,20 +197,6 @@ def count_stages(model: TensorAR, options: DrawOptions) -> int:
     """How many refinement stages of an image are kept; 0 if none are asked for."""
     geometry = drawn_windows(model, options.sampling or model.sampling)
     return geometry.stages if options.stages else 0
-
-
-def generation_settings(model: TensorAR, entries: Sequence[dict], options: DrawOptions) -> dict:
-    """Everything that determines the images of prompts, as JSON values."""
-    settings = image_settings(model, options) | {"kit_version": __version__}
-    return {"prompts": prompts_digest(entries), **settings}
-
-
-def request_hash(model: TensorAR, entries: Sequence[dict], options: DrawOptions) -> str:
-    """A short hash of the settings that name a folder of images."""
-    settings = generation_settings(model, entries, options)
-    # Empty settings are left out, so that folders keep the names they had before a setting existed.
-    present = {key: settings[key] for key in _NAMED if settings[key] != {}}
-    return json_sha256(present)[:8]
 
 
 def prompts_digest(entries: Sequence[dict]) -> dict:

@@ -21,7 +21,7 @@ import torch
 
 from t2i.checkpoint_folders import read_config
 from t2i.errors import UserError, shorten
-from t2i.evaluation.draw import check_prompts, draw_prompts, prompts_digest
+from t2i.evaluation.draw import PromptRequest, check_prompts, draw_prompts, prompts_digest
 from t2i.evaluation.evaluation_options import BenchmarkOptions, Scope
 from t2i.evaluation.gallery import Card, Exhibit, write_gallery
 from t2i.evaluation.generation_folder import Inventory, read_generation, take_inventory
@@ -117,7 +117,7 @@ def evaluate(
     if model is not None:
         processes.on_main(lambda: claim_output(out, folder))
         jobs = all_jobs(selected, scope.samples)
-        draw_prompts(model, entries, jobs, folder, draw or DrawOptions(), processes)
+        draw_prompts(PromptRequest(model, entries, draw or DrawOptions()), jobs, folder, processes)
 
     def check() -> None:
         found = check_images(folder, entries, scope, out)
