@@ -79,7 +79,8 @@ def train_fails(tiny_world, tmp_path, fails):
 # -- training --------------------------------------------------------------------------------------
 def test_missing_data_is_named(train_fails, tmp_path):
     folder = tmp_path / "nothing"
-    assert "File name too long: aaa" in train_fails("--data.source", "a" * 5000)
+    said = train_fails("--data.source", "a" * 5000)
+    assert "File name too long: aaa" in said or "aaa does not exist" in said  # Python 3.14
     assert f"{folder} does not exist" in train_fails("--data.source", folder)
     assert "--data.source has an empty value" in train_fails("--data.source", "")
 
