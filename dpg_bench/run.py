@@ -27,6 +27,10 @@ from t2i.sampling import check_counts
 class DPGOptions(BenchmarkOptions):
     """What to judge, and which judge to use."""
 
+    images: Path | None = None
+    """Judge this folder of images instead of a model: 2 x 2 grids (with --resolution), single
+    images (ITEM_0.png ...), or GenEval's layout (00000/samples/00000.png ...).
+    """
     questions: str = "auto"
     """official (downloaded once), shapes (the shapes world's), a .csv file, or auto (shapes for a
     shapes model, otherwise official).
@@ -38,8 +42,8 @@ class DPGOptions(BenchmarkOptions):
     judge_weights: str | None = None
     """Folder or hub id of the judge's weights; the judge's default weights if not given."""
     resolution: int | None = None
-    """Side in pixels of one image in a 2 x 2 grid, if --images holds grids named ITEM.png. If not
-    given, ITEM.png (or ITEM_0.png ...) is a single image.
+    """Side in pixels of one image in a 2 x 2 grid, if --images holds grids named ITEM.png; if not
+    given, ITEM.png is a single image.
     """
 
     def __post_init__(self):

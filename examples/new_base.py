@@ -1,8 +1,8 @@
 """Make a base of your own: an image tokenizer, a vocabulary, and a transformer to pre-train.
 
 For pictures that no published base can draw, or if none can be downloaded. The tokenizer is trained
-on these pictures (a minute and a half on two cores at 32 px), the vocabulary comes from their
-captions, and all is written in LlamaGen's layout. `launch/train_llamagen.py` does the rest:
+on these pictures (a few minutes at 32 px), the vocabulary comes from their captions, and all is
+written in LlamaGen's layout. `launch/train_llamagen.py` does the rest:
 
     python examples/new_base.py --pictures emoji/others emoji/mine --words "streamline style" \\
         --out emoji/base

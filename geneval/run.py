@@ -29,7 +29,8 @@ class GenEvalOptions(BenchmarkOptions):
     """
     detector: Literal["auto", "mask2former", "mask2former-hf", "shapes"] = "auto"
     """mask2former (official), mask2former-hf (another training run, close to official), shapes
-    (exact, only for shapes-world images), or auto: shapes for the shapes prompts, else mask2former.
+    (exact, only for shapes-world images), or auto: shapes for the shapes prompts, or for a shapes
+    model unless the prompts are official; otherwise mask2former.
     """
     detector_weights: Path | None = None
     """The detector's weights, as a file or the folder that holds it; the cache or a download if not
@@ -56,7 +57,8 @@ def main() -> None:
     if prompts == "auto":
         prompts = "shapes" if runner.is_shapes_world(options) else "official"
     if detector == "auto":
-        detector = "shapes" if prompts == "shapes" else "mask2former"
+        own = prompts != "official" and runner.is_shapes_world(options)
+        detector = "shapes" if own or prompts == "shapes" else "mask2former"
     entries = load_prompts(prompts)
 
     def build(processes) -> GenEval:

@@ -1,5 +1,5 @@
-"""Merge a checkpoint into a self-contained folder for transformers and the hub, with TensorAR's
-codec and a model card.
+"""Merge a checkpoint into a self-contained folder to share, with TensorAR's codec and a model card;
+of Janus-Pro it is also a transformers model.
 
 python launch/export.py --ckpt runs/mine --out exported --prompt "a red bus in the rain" \\
     --results eval/results.json

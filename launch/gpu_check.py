@@ -1,4 +1,4 @@
-"""Check correctness and speed on a GPU, in one command of at most eight minutes, with the most
+"""Check correctness and speed on a GPU, in one command of about eight minutes, with the most
 valuable parts first.
 
 Every result is written to --out at once (`results.jsonl`; `report.md` after each part), so a run

@@ -36,6 +36,8 @@ _MAIN = (
 class ClassConfig(DrawingModelOptions):
     """What to draw, and with which model."""
 
+    ckpt: str | None = None
+    """Checkpoint, run (its newest checkpoint) or export folder."""
     out: Path
     """File to write (a name ending in .npz), or a folder for PNGs."""
     images: tyro.conf.OmitArgPrefixes[ClassImages] = field(default_factory=ClassImages)

@@ -160,6 +160,14 @@ def is_run(folder: str | Path) -> bool:
     return False
 
 
+def from_shipped_base(source: str | Path) -> bool:
+    """Whether this is a shipped base, or a checkpoint of a model that was trained from one."""
+    base = {"weights": str(source)}
+    if is_checkpoint(source):
+        base = read_config(find_checkpoint(source))["backbone"]
+    return any(base.get(name) in shipped_bases() for name in ("weights", "shipped_base"))
+
+
 def choose_checkpoint(folder: str | Path) -> Path:
     """Like `find_checkpoint`; for a run, also logs the one chosen and where the best model is."""
     found, best = find_checkpoint(folder), Path(folder) / BEST

@@ -293,7 +293,7 @@ class ExportOptions:
     """The checkpoint to export, and how."""
 
     ckpt: Path
-    """Checkpoint folder, or a run folder (its newest checkpoint)."""
+    """Checkpoint, run (its newest checkpoint) or export folder."""
     out: Path
     """New folder for the export."""
     base: BaseOptions = field(default_factory=BaseOptions)

@@ -128,6 +128,13 @@ def test_a_base_is_judged(tmp_path):
     assert content["generation"]["about"]["backbone"]["weights"] == "shapes"
 
 
+def test_own_prompts_of_a_shapes_model_are_judged_exactly(tmp_path):
+    """They used to need Mask2Former, which was not trained on drawings of shapes."""
+    (prompts := tmp_path / "own.jsonl").write_text(metadata_line(benchmark_prompts()[0]))
+    program(run, "--ckpt", "shapes", "--prompts", prompts, "--samples", 1, "--out", tmp_path / "o")
+    assert "own.jsonl prompts, judged by shapes (" in results(tmp_path / "o")["label"]
+
+
 # -- mistakes --------------------------------------------------------------------------------------
 def test_other_settings_are_refused(refusal, finished, shapes_ckpt):
     before = folder_content(finished)

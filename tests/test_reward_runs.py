@@ -287,6 +287,22 @@ def test_check_names_prompts_that_are_not_read(tmp_path):
     assert "1 of 2 prompts have no text the encoder can read, such as '\u7ea2\u8272'" in said
 
 
+def test_own_prompts_of_a_shapes_base_get_its_judges(tmp_path):
+    """Mask2Former and mPLUG used to be fetched, after --check had said "ready"."""
+    (tmp_path / "own.txt").write_text("a red ring\na blue star\n")
+    config = recipes()["shapes-reward"][1]
+    own = {"functions": ("reward_functions:brightness",), "prompts": str(tmp_path / "own.txt")}
+    small = {"run_dir": tmp_path / "run", "batch_size": 2, "steps": 1}
+    small |= {
+        "reward": replace(config.reward, **own, group=2, watch_prompts=1, watch_images=1),
+        "data": replace(config.data, source="shapes:20", validation_samples=4, cache_dir=tmp_path),
+        "engine": replace(config.engine, micro_batch=2),
+        "log": replace(config.log, at_start=False),
+    }
+    learn(replace(config, **small))
+    assert '"watch/dpg"' in (tmp_path / "run/metrics.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

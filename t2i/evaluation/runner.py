@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from t2i.checkpoint_folders import read_config
+from t2i.checkpoint_folders import from_shipped_base
 from t2i.errors import UserError, shorten
 from t2i.evaluation.draw import PromptRequest, check_prompts, draw_prompts, prompts_digest
 from t2i.evaluation.evaluation_options import BenchmarkOptions, Scope
@@ -281,11 +281,7 @@ def is_shapes_world(options: BenchmarkOptions) -> bool:
     """Whether the model, or the one that drew the given images, is made from a shipped base of the
     shapes world.
     """
-    if options.images is not None:
-        generation = read_generation(options.images) or {}
-        base = generation.get("about", {}).get("backbone", {})
-    elif options.checkpoint is not None:
-        base = read_config(options.checkpoint)["backbone"]
-    else:
-        base = {"weights": options.source}
+    if options.images is None:
+        return from_shipped_base(options.checkpoint or str(options.source))
+    base = (read_generation(options.images) or {}).get("about", {}).get("backbone", {})
     return any(base.get(name) in shipped_bases() for name in ("weights", "shipped_base"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from t2i.progress import readable_size, readable_time
 from t2i.reward.reward_options import BUILT_IN, RewardConfig, RewardOptions
 from t2i.reward.reward_prompts import PromptPool, training_prompts
-from t2i.reward.rewards import check_judges, own_function
+from t2i.reward.rewards import check_judges, judging, own_function
 from t2i.tensorar.model import TensorAR
 from t2i.training import check as training_check
 from t2i.training.memory import prompt_length, weight_bytes
@@ -27,7 +27,7 @@ def check(config: RewardConfig, world_size: int = 1) -> str:
         UserError: the run is impossible.
     """
     pool = training_prompts(config.reward, config.seed)
-    reward = _reward_lines(config.reward, pool)
+    reward = _reward_lines(judging(config), pool)
 
     def more(model: TensorAR, plan: Plan | None, checkpoint: Path | None) -> dict[str, list[str]]:
         if checkpoint is not None:

@@ -56,7 +56,7 @@ class RewardOptions:
     by_spread: bool = True
     """Divide advantages by the spread of their group (GRPO); otherwise by that of all groups."""
     detector: Literal["auto", "mask2former", "mask2former-hf", "shapes"] = "auto"
-    """The object detector for geneval; auto: the one that suits the prompts."""
+    """The object detector for geneval; auto: the one that suits the prompts (a file: the base)."""
     detector_weights: Path | None = None
     """Local weights of the detector, with CLIP's next to them; None: download them if needed."""
     answerer: Literal["auto", "mplug", "blip-vqa", "vlm", "shapes"] = "auto"
@@ -155,8 +155,9 @@ class RewardOptions:
 
     @property
     def world(self) -> str:
-        """The world whose benchmarks and judges suit the prompts."""
-        return "shapes" if self.prompts == "shapes" else "official"
+        """The world whose benchmarks and judges suit the prompts; of a file's, the detector's."""
+        own = self.prompts != "official" and self.detector == "shapes"
+        return "shapes" if own or self.prompts == "shapes" else "official"
 
 
 def _is_path(name: str) -> bool:

@@ -34,7 +34,7 @@ from t2i.reward.policy import (
 from t2i.reward.reward_options import RewardConfig
 from t2i.reward.reward_prompts import training_prompts
 from t2i.reward.reward_watch import WatchedBenchmarks, text_kl, together
-from t2i.reward.rewards import load_rewards
+from t2i.reward.rewards import judging, load_rewards
 from t2i.rng import make_keys
 from t2i.sampling import DrawOptions
 from t2i.training import run_state
@@ -83,7 +83,7 @@ class RewardRun(Run):
     config: RewardConfig
 
     def __init__(self, config: RewardConfig):
-        processes, options = start_processes(), config.reward
+        processes, options = start_processes(), judging(config)
         self.pool = training_prompts(options, config.seed)
         self.shown = "reward/mean" if options.functions else "policy/kl"
         names = dict.fromkeys((*options.functions, *options.watch))

@@ -19,6 +19,7 @@ from t2i.processes import Processes
 from t2i.reward.panel import Panel, RewardError
 from t2i.reward.policy import Start
 from t2i.reward.reward_options import RewardConfig
+from t2i.reward.rewards import judging
 from t2i.sampling import DrawOptions
 from t2i.tensorar.model import TensorAR
 
@@ -44,7 +45,7 @@ class WatchedBenchmarks:
 
     def __init__(self, config: RewardConfig, panel: Panel, processes: Processes):
         self._config, self._panel, self._processes = config, panel, processes
-        options = config.reward
+        options = judging(config)
         # All but dpg share one set of images.
         self._benchmarks = {n: "dpg" if n == "dpg" else "geneval" for n in options.watch}
         self._entries: dict[str, list[dict]] = {}

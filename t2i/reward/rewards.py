@@ -5,6 +5,7 @@ Users give their own function as package.module:function.
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from dpg_bench.score import score_image
 from geneval.detector import Detections, Detector
 from geneval.detectors import CLIP, load_detector
 from geneval.rules import RuleOptions, check_entries, check_schema, decide, name_colors
+from t2i.checkpoint_folders import from_shipped_base
 from t2i.errors import UserError, nearest_path
-from t2i.reward.reward_options import RewardOptions
+from t2i.reward.reward_options import RewardConfig, RewardOptions
 from t2i.shapes.shapes_questions import ANY_SHAPE, PLAIN_BACKGROUND, questions_of
 from t2i.sources import check_named
 
@@ -31,6 +33,14 @@ Reward = Callable[[Images, Entries], Sequence[float]]
 _GENEVAL = {"geneval", "geneval-soft"}
 PARTIAL = 0.5
 """The most that `soft_credit` gives to an image whose verdict is wrong."""
+
+
+def judging(config: RewardConfig) -> RewardOptions:
+    """The options to judge with: a file's prompts are those of the base's world."""
+    options, own = config.reward, config.reward.prompts not in ("shapes", "official")
+    if own and options.detector == "auto" and from_shipped_base(config.backbone.weights):
+        return replace(options, detector="shapes")
+    return options
 
 
 def load_rewards(
