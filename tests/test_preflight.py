@@ -3,6 +3,7 @@ what is wrong.
 """
 
 import json
+import shutil
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -88,6 +89,17 @@ def write_dataset_of_captions(folder, caption: str, *, count: int, size: int):
         Image.new("RGB", (size, size), (i, 0, 0)).save(folder / "data" / f"{i}.png")
         (folder / "data" / f"{i}.txt").write_text(caption, encoding="utf-8")
     return folder / "data"
+
+
+def test_another_split_is_no_reason_to_warn(tiny_world, tmp_path):
+    """--check used to say "not ready" of any folder with train and val."""
+    folder = write_dataset_of_captions(tmp_path, "a red circle", count=4, size=32)
+    for name in ("train", "val"):
+        shutil.copytree(folder, tmp_path / "set" / name)
+    data = {"data__source": str(tmp_path / "set"), "data__validation_samples": None}
+    report = check(tiny_run(tiny_world, "splits", steps=4, **data))
+    assert "1 not of the split train (val/ (4 files))" in report
+    assert "left out" not in report
 
 
 def test_skipped_samples_are_not_counted(tiny_world, tmp_path):

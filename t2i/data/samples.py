@@ -32,6 +32,8 @@ UNREAD_SUFFIXES = frozenset(
 """Image formats that are not read: such files are reported, so that none is silently dropped."""
 CAPTION_SUFFIXES = frozenset((".txt", ".caption"))
 """Of caption files next to images."""
+OTHER_SPLIT = "not of the split"
+"""Begins the reason why files of splits that were not asked for are left out."""
 PACKED_SUFFIXES = frozenset((".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
 _CAPTION_NAME = re.compile("caption|prompt|(?:^|_)text(?:$|_)", re.IGNORECASE)
 """In the name of a column that may hold captions."""

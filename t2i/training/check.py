@@ -16,7 +16,7 @@ from t2i.data.data_report import DataReport, short_name, survey_source
 from t2i.data.encoding import check_cache_dir, refuse_changed_files
 from t2i.data.images import ImageRules
 from t2i.data.order import split_indices
-from t2i.data.samples import Source
+from t2i.data.samples import OTHER_SPLIT, Source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
 from t2i.errors import UserError, shorten
 from t2i.fields import leaves
@@ -244,7 +244,7 @@ def _about_samples(survey: DataReport, size: int) -> Iterator[str]:
                 f"{count} of {survey.seen} checked samples are skipped, {reason} "
                 f"({short_name(keys[0])}){advice}"
             )
-        if count := around[reason]:
+        if (count := around[reason]) and not reason.startswith(OTHER_SPLIT):
             yield f"{count} left out, {reason} ({short_name(keys[-1])})"
 
 

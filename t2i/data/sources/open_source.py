@@ -21,7 +21,7 @@ from pathlib import Path
 
 from t2i.data.captioned import CaptionedImages
 from t2i.data.content import name_in, printable
-from t2i.data.samples import PACKED_SUFFIXES, Source
+from t2i.data.samples import OTHER_SPLIT, PACKED_SUFFIXES, Source
 from t2i.data.sources.folders import (
     METADATA,
     METADATA_ADVICE,
@@ -190,7 +190,7 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
     divided = own is None and all(map(split_of_folder, parts))
     if of_split and (divided or (split != "train" and own is None)):
         left_out += [
-            (f"{printable(name)}/ ({count} files)", f"not of the split {split}")
+            (f"{printable(name)}/ ({count} files)", f"{OTHER_SPLIT} {split}")
             for name, count in sorted(parts.items())
             if name not in of_split
         ]
@@ -252,7 +252,7 @@ def _tables_of_split(
             f"{folder} holds no files named after the split {split!r}, but {others[0].name}; "
             "give another split, or the files by name"
         )
-    return chosen, [(name_in(folder, path), f"not of the split {split}") for path in others]
+    return chosen, [(name_in(folder, path), f"{OTHER_SPLIT} {split}") for path in others]
 
 
 def _sub_folders(folder: Path, data: Sequence[Path]) -> tuple[Path, Counter[str]]:
