@@ -17,6 +17,7 @@ from runs import (
     metrics,
     plain_options,
     saved_after_two_steps,
+    tiny_janus_run,
     tiny_run,
     weights,
 )
@@ -26,10 +27,12 @@ import t2i
 from launch import train_llamagen
 from t2i.files import read_json_lines
 from t2i.processes import ALONE, Processes
+from t2i.rng import make_keys, uniforms
 from t2i.shapes.shapes_source import write_dataset
-from t2i.training.batches import TrainingData
+from t2i.training.batches import TrainingData, noise_and_drop
 from t2i.training.config import OptimOptions, TrainConfig
 from t2i.training.engine import TrainingLoss, parameter_groups, set_rates
+from t2i.training.examples import encode_examples
 from t2i.training.logs import read_metrics
 from t2i.training.loop import train
 from t2i.training.start import build_model
@@ -235,6 +238,39 @@ def test_ranks_share_the_batches(tiny_world, plain):
     assert not train_set & validation_set and len(train_set | validation_set) == 60
 
 
+def test_random_choices_about_a_sample_are_independent(tiny_world, monkeypatch):
+    """Its noise, whether it loses its condition, and which view or caption is read; they differ
+    each time that it is read, and for each seed.
+    """
+    noise, drop = noise_and_drop(make_keys(0, torch.arange(1000)), 0.5)
+    assert 0.4 < ((uniforms(noise, 1)[:, 0] < 0.5) == drop).float().mean() < 0.6
+    backbone, keys, chosen = t2i.load_backbone("llamagen", tiny_world / "base"), [], []
+    for seed in (0, 1):
+        data = TrainingData(tiny_run(tiny_world, "-", seed=seed), backbone, ALONE)
+        load = data.load
+        monkeypatch.setattr(data, "load", lambda i, c, load=load: chosen.append(c) or load(i, c))
+        keys += [batch.keys for step in range(7) for batch in data.micro_batches(step)]
+    assert len(torch.cat(keys).unique()) == 2 * 7 * 16, "in two epochs of 51 samples"
+    bits, others = torch.cat(chosen) % 2, torch.cat(keys) % 2
+    assert 0.4 < bits.float().mean() < 0.6 and 0.4 < (bits == others).float().mean() < 0.6
+
+
+@pytest.mark.parametrize("run", [tiny_run, tiny_janus_run])
+def test_a_choice_is_one_of_a_view_and_a_caption(tiny_world, tmp_path, run):
+    """Of stored features, and of captions that are prepared for each batch."""
+    write_dataset(tmp_path / "data", 12, size=32)
+    rows = read_json_lines(tmp_path / "data" / "metadata.jsonl")
+    lines = [json.dumps(row | {"text": [row["text"], "a photo of a ring"]}) for row in rows]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(lines))
+    own = {"data__source": str(tmp_path / "data"), "data__cache_dir": tmp_path / "cache"}
+    config = run(tiny_world, "-", **own, data__views="flip")
+    data = TrainingData(config, build_model(config).backbone, ALONE)
+    loaded = [data.load(torch.tensor([3]), torch.tensor([choice])) for choice in range(4)]
+    codes, prepared = ([str(part) for part in parts] for parts in zip(*loaded, strict=True))
+    assert codes[0] == codes[2] != codes[1] == codes[3], "two views"
+    assert prepared[0] == prepared[1] != prepared[2] == prepared[3], "two captions"
+
+
 def test_the_held_out_samples_are_the_same_on_any_number_of_processes(tiny_world, plain):
     """A run may be resumed on more processes than there are held-out samples."""
     config = tiny_run(tiny_world, "-", engine__micro_batch=1, data__validation_samples=None)
@@ -263,6 +299,17 @@ def test_the_plan_counts_what_is_really_held_out(tiny_world, tmp_path):
     plan = data.plan
     assert (plan.samples, plan.held_out, plan.training) == (60, 20, 40)
     assert len(data.train) == 40 and plan.steps == 20 * 40 / 16
+
+
+def test_images_are_encoded_as_the_options_say(tiny_world, tmp_path):
+    backbone = t2i.load_backbone("llamagen", tiny_world / "base")
+    for small, views in (("skip", "centre"), ("upscale", "flip")):
+        own = {"small_images": small, "views": views, "max_samples": 8, "cache_dir": tmp_path}
+        config = tiny_run(
+            tiny_world, "-", **{f"data__{name}": value for name, value in own.items()}
+        )
+        rules = encode_examples(config, backbone, ALONE).manifest["key"]["images"]
+        assert (rules["small_images"], rules["views"]["kind"]) == (small, views)
 
 
 def test_another_tokenizer_gets_another_cache(tiny_world, plain, tmp_path):
