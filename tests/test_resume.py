@@ -53,6 +53,7 @@ def test_stop_and_resume_changes_no_bit(tiny_world, number):
         signal.signal(number, signal.SIG_DFL)
     names = [f"{name}-{number.name}" for name in ("whole", "halves", "no-dropout")]
     options = {"steps": 6, "batch_size": 8, "token_dropout": 0.1, "condition_dropout": 0.3}
+    options |= {"log__at_start": True}
     whole = train(tiny_run(tiny_world, names[0], **options))
     saved = pytest.raises(Stopped, match="saved after step 3")
     with saved, before_step(2, lambda run: os.kill(os.getpid(), number)):

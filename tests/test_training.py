@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import rare
+from helpers import open_gates, rare
 from programs import program
 from runs import (
     SAME_SUM,
@@ -17,6 +17,7 @@ from runs import (
     metrics,
     plain_options,
     saved_after_two_steps,
+    state_of,
     tiny_janus_run,
     tiny_run,
     weights,
@@ -108,6 +109,41 @@ def test_bf16_is_close_to_fp32(tiny_world, plain):
     assert_same_metrics(metrics(tiny_world, name), metrics(tiny_world, "plain"), 0.05)
     assert {v.dtype for v in weights(folder).values()} == {torch.bfloat16}
     assert next(t2i.from_pretrained(folder).parameters()).dtype == torch.float32
+
+
+def test_autocast_computes_in_bf16(tiny_world, plain):
+    """In steps and in validation; the weights stay fp32."""
+    runs = [Run(tiny_run(tiny_world, f"in-{p}", engine__precision=p)) for p in ("fp32", "autocast")]
+    for found in ([run.validate() for run in runs], [run.train_step() for run in runs]):
+        losses = [{k: v for k, v in one.items() if "slot" in k} for one in found]
+        assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+    assert {p.dtype for p in runs[1].model.parameters()} == {torch.float32}
+
+
+def test_own_drafts_follow_the_progress_of_the_run(tiny_world, plain):
+    config = tiny_run(tiny_world, "-", method__own_drafts=1.0, method__anneal=True)
+    models = [open_gates(build_model(c)) for c in (config, tiny_run(tiny_world, "-"))]
+    data = TrainingData(config, models[0].backbone, ALONE)
+    batches = [next(data.micro_batches(step)) for step in range(3)]
+    assert [batch.progress for batch in batches] == [0, 1 / 3, 2 / 3]
+    first, last = batches[0], replace(batches[0], progress=1.0)
+    losses = [float(TrainingLoss(model, "fp32")(first)[0]) for model in models]
+    assert losses[0] == losses[1] != float(TrainingLoss(models[0], "fp32")(last)[0])
+
+
+def test_steps_are_taken_in_training_mode(tiny_world, monkeypatch):
+    """Also after validation and sheets, which switch dropout off."""
+    modes, step = [], Run.train_step
+
+    def watched(run: Run) -> dict[str, float]:
+        modes.append({module.training for module in run.model.modules()})
+        return step(run)
+
+    monkeypatch.setattr(Run, "train_step", watched)
+    drawn = {"log__sample_every": 1, "log__validate_every": 1, "log__prompts": ("a red circle",)}
+    for name, options in (("quiet", {}), ("drawn", drawn)):
+        train(tiny_run(tiny_world, f"mode-{name}", batch_size=4, **options))
+    assert modes == 6 * [{True}]
 
 
 @pytest.mark.parametrize(
@@ -202,6 +238,19 @@ def test_parameter_groups(tiny_world):
         assert decays == {group["weight_decay"] == 0.3}
     codec = {id(p) for group in groups if group["part"] == "codec" for p in group["params"]}
     assert codec == {id(p) for p in model.codec.parameters()}
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_gradients_are_clipped_and_moments_decay_as_the_options_say(tiny_world, stage):
+    """AdamW's moments after one step are shares of the gradient and of its square."""
+    own = {"optim__betas": (0.8, 0.9), "optim__grad_clip": 0.01, "engine__zero_stage": stage}
+    folder = train(tiny_run(tiny_world, f"moments-{stage}", steps=1, **own))
+    gradient, square = (
+        torch.cat([value.flatten() for value in state_of(folder, kind).values()]) / share
+        for kind, share in (("exp_avg", 0.2), ("exp_avg_sq", 0.1))
+    )
+    assert float(gradient.norm()) == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(gradient.square(), square)
 
 
 def test_backbone_waits_for_the_codec(tiny_world):
