@@ -38,7 +38,7 @@ from t2i.training.logs import read_metrics
 from t2i.training.loop import train
 from t2i.training.start import build_model
 from t2i.training.training_run import Run
-from t2i.training.validation import validate
+from t2i.training.validation import batch_losses, validate
 from t2i.weights import read_state_dict
 
 EXACT = 0.0
@@ -146,6 +146,17 @@ def test_steps_are_taken_in_training_mode(tiny_world, monkeypatch):
     assert modes == 6 * [{True}]
 
 
+def test_dropout_differs_by_step_process_and_seed(tiny_world):
+    seeds = []
+    for seed, rank in ((0, 0), (1, 0), (0, 1)):
+        run = Run(tiny_run(tiny_world, f"dropout-{seed}{rank}", seed=seed, batch_size=4))
+        run.processes = replace(run.processes, rank=rank)
+        for _ in range(2):
+            run.train_step()
+            seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == 6
+
+
 @pytest.mark.parametrize(
     "method", [{"noise": "gaussian"}, {"noise": "codebook"}, {"k": 1}], ids=str
 )
@@ -155,6 +166,16 @@ def test_other_methods_train(tiny_world, method):
     train(tiny_run(tiny_world, name, steps=6, **options))
     losses = [row["train/loss"] for row in metrics(tiny_world, name)]
     assert losses[-1] < losses[0]
+
+
+def test_gaussian_noise_is_added_in_steps_and_in_validation(tiny_world, plain):
+    config = tiny_run(tiny_world, "-", method__noise="gaussian")
+    model = open_gates(build_model(config)).eval()
+    batch = next(TrainingData(config, model.backbone, ALONE).micro_batches(0))
+    both = (batch, replace(batch, keys=batch.keys + 1))
+    with torch.no_grad():
+        assert len({float(TrainingLoss(model, "fp32")(one)[0]) for one in both}) == 2
+        assert len({str(batch_losses(model, one)[0][0]) for one in both}) == 2
 
 
 # -- tuning modes ----------------------------------------------------------------------------------
