@@ -198,6 +198,22 @@ def test_every_name_in_the_groups_is_an_option():
         assert any(n == name or n.startswith(f"{name}.") for n in own), f"{name} is no option"
 
 
+def test_settings_that_make_another_run_are_refused():
+    """Case 6: what is trained, on what, and with which random numbers."""
+    config, places = TrainConfig(), ("data.source", "data.cache_dir")
+    fixed = {"seed", "batch_size", "ema", "tuning", "lora", "train_image_layers", "method", "data"}
+    fixed |= {"token_dropout", "condition_dropout"}
+    names = [name for name in leaves(settings.plain(config)) if name not in places]
+    names = [name for name in names if name.partition(".")[0] in fixed]
+    assert len(names) > 2 * len(fixed)
+    for name in names:
+        stored = settings.plain(config)
+        part, _, option = name.rpartition(".")
+        (stored[part] if part else stored)[option] = "another"
+        with pytest.raises(UserError, match=rf"with other settings \({name}: another -> "):
+            settings.check_settings(config, stored, Path("run"))
+
+
 def test_changed_settings_are_announced_one_by_one(plain, copied, tiny_world, caplog):
     """Case 6: by option name; changes that are not allowed are refused by option name, too."""
     folder = copied(plain)
