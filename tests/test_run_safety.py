@@ -26,7 +26,7 @@ from t2i.training.check import check
 from t2i.training.config import BackboneOptions, LabelledOptions, TrainConfig
 from t2i.training.logs import read_metrics
 from t2i.training.loop import train
-from t2i.training.training_run import Run
+from t2i.training.training_run import BEST_BY, Run
 
 STAGES = {
     "zero0": {},
@@ -137,7 +137,12 @@ def test_only_the_samples_with_a_bad_loss_are_named(tiny_world, stage):
     assert all(f"(number {i})" in str(stopped.value) for i in bad)
 
 
-@pytest.mark.parametrize("action", [Run.save, Run.sample_sheet])
+def keep_as_best(run: Run) -> None:
+    """Its held-out loss may be finite all the same."""
+    run.keep_if_best({BEST_BY: 0.0})
+
+
+@pytest.mark.parametrize("action", [Run.save, Run.sample_sheet, keep_as_best])
 def test_weights_that_are_not_finite_are_not_saved_nor_drawn_with(tiny_world, action):
     """Case 2: whatever made them non-finite."""
     run = Run(tiny_run(tiny_world, f"bad-weights-{action.__name__}"))
@@ -145,7 +150,7 @@ def test_weights_that_are_not_finite_are_not_saved_nor_drawn_with(tiny_world, ac
         run.model.codec.encoder.slots[0, 0] = float("inf")
     with pytest.raises(NotFiniteError, match=r"weights are not finite after step 0.*no checkpoint"):
         action(run)
-    assert not (run.config.run_dir / "checkpoints").exists()
+    assert not {"checkpoints", "best"} & {path.name for path in run.config.run_dir.iterdir()}
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero2-bf16"])

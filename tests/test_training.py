@@ -90,6 +90,13 @@ def test_logged_losses_are_the_means_over_the_batch(tiny_world, plain):
     )
 
 
+def test_the_logged_loss_has_the_slots_weights(tiny_world, plain):
+    run = Run(tiny_run(tiny_world, "weighted", method__slot_weights=(1.0, 0.5, 0.1)))
+    row, shares = run.train_step(), (16, 0.5 * 15, 0.1 * 14)
+    losses = [row[f"train/slot{j}"] * share for j, share in enumerate(shares)]
+    assert row["train/loss"] == pytest.approx(sum(losses) / sum(shares), rel=SAME_SUM)
+
+
 def test_dropped_conditions_are_not_read(tiny_world, plain):
     config = tiny_run(tiny_world, "-")
     model = build_model(config)
