@@ -25,8 +25,9 @@ from t2i.model_options import BaseOptions, ModelOptions
 from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen
 from t2i.published import remembered_sha256
 from t2i.sources import family_of
+from t2i.training.config import BackboneOptions
 from t2i.training.loop import train
-from t2i.training.start import build_model
+from t2i.training.start import build_model, start_from
 
 
 # -- case 8: moved files --------------------------------------------------------------------------
@@ -452,6 +453,28 @@ def test_a_run_from_a_codec_checkpoint_does_not_save_the_backbone(tiny_world, tm
     changes = {"tuning": "codec", "backbone__weights": str(old), "steps": 1}
     new = train(tiny_run(tiny_world, f"{tmp_path.name}-more", **changes))
     assert not (new / "backbone.safetensors").exists()
+
+
+def test_a_run_from_changed_image_layers_saves_them(tiny_world, tmp_path):
+    """Although it trains neither these nor the rest of the backbone."""
+    changes = {"tuning": "codec", "steps": 1}
+    old = train(tiny_run(tiny_world, f"{tmp_path.name}-old", train_image_layers=True, **changes))
+    changes["backbone__weights"] = str(old)
+    new = train(tiny_run(tiny_world, f"{tmp_path.name}-new", **changes))
+    states = [t2i.from_pretrained(folder).backbone.state_dict() for folder in (old, new)]
+    assert_same_weights(*states)
+
+
+def test_adapters_are_merged_before_weights_are_rounded(tiny_world, tmp_path):
+    old = train(tiny_run(tiny_world, f"{tmp_path.name}-lora", tuning="lora"))
+    options = BackboneOptions(weights=str(old))
+    exact = start_from(old, options).bfloat16().state_dict()
+    assert_same_weights(start_from(old, options, dtype=torch.bfloat16).state_dict(), exact)
+
+
+def test_the_options_of_sampling_are_the_checkpoints(tiny_world):
+    model = build_model(tiny_run(tiny_world, "-", sampling__cfg_scale=3.5))
+    assert (model.sampling.cfg_scale, model.sampling.top_k) == (3.5, 1000)
 
 
 def test_a_generator_loads_without_its_tokenizer(tmp_path):
