@@ -444,7 +444,9 @@ def test_a_codec_with_other_settings_starts_fresh(tiny_world, plain, caplog):
     config = tiny_run(tiny_world, "-", backbone__weights=str(plain), method__k=2)
     with caplog.at_level("INFO"):
         model = build_model(config)
+        build_model(replace(config, method=replace(config.method, k=3, residual="all")))
     assert model.config.k == 2 and "with a fresh codec" in caplog.text and "k 3 -> 2" in caplog.text
+    assert "(residual first -> all)" in caplog.text
 
 
 def test_a_run_from_a_codec_checkpoint_does_not_save_the_backbone(tiny_world, tmp_path):
@@ -455,14 +457,15 @@ def test_a_run_from_a_codec_checkpoint_does_not_save_the_backbone(tiny_world, tm
     assert not (new / "backbone.safetensors").exists()
 
 
-def test_a_run_from_changed_image_layers_saves_them(tiny_world, tmp_path):
-    """Although it trains neither these nor the rest of the backbone."""
-    changes = {"tuning": "codec", "steps": 1}
-    old = train(tiny_run(tiny_world, f"{tmp_path.name}-old", train_image_layers=True, **changes))
-    changes["backbone__weights"] = str(old)
-    new = train(tiny_run(tiny_world, f"{tmp_path.name}-new", **changes))
-    states = [t2i.from_pretrained(folder).backbone.state_dict() for folder in (old, new)]
-    assert_same_weights(*states)
+def test_runs_that_train_no_backbone_hand_on_changed_image_layers(tiny_world, tmp_path):
+    options: dict = {"tuning": "codec", "steps": 1, "train_image_layers": True}
+    runs = []
+    for number in range(3):
+        runs.append(train(tiny_run(tiny_world, f"{tmp_path.name}-{number}", **options)))
+        options |= {"train_image_layers": False, "backbone__weights": str(runs[-1])}
+    states = [t2i.from_pretrained(folder).backbone.state_dict() for folder in runs]
+    assert_same_weights(states[0], states[1])
+    assert_same_weights(states[0], states[2])
 
 
 def test_adapters_are_merged_before_weights_are_rounded(tiny_world, tmp_path):
