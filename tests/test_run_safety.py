@@ -24,6 +24,7 @@ from t2i.reward.reward_options import RewardConfig
 from t2i.training import settings
 from t2i.training.check import check
 from t2i.training.config import BackboneOptions, LabelledOptions, TrainConfig
+from t2i.training.engine import healthy_norm
 from t2i.training.logs import read_metrics
 from t2i.training.loop import train
 from t2i.training.training_run import BEST_BY, Run
@@ -135,6 +136,12 @@ def test_only_the_samples_with_a_bad_loss_are_named(tiny_world, stage):
     assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters()), "no update"
     assert str(stopped.value).count("(number ") == len(bad) == run.config.engine.micro_batch
     assert all(f"(number {i})" in str(stopped.value) for i in bad)
+
+
+def test_norms_that_deepspeed_reports():
+    """Case 2: -1 stands for one that is not finite."""
+    norms = (None, 0.0, 2.5, -1.0, float("inf"), float("nan"))
+    assert [healthy_norm(norm) for norm in norms] == 3 * [True] + 3 * [False]
 
 
 def keep_as_best(run: Run) -> None:

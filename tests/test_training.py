@@ -386,8 +386,9 @@ def test_images_are_encoded_as_the_options_say(tiny_world, tmp_path):
         config = tiny_run(
             tiny_world, "-", **{f"data__{name}": value for name, value in own.items()}
         )
-        rules = encode_examples(config, backbone, ALONE).manifest["key"]["images"]
-        assert (rules["small_images"], rules["views"]["kind"]) == (small, views)
+        key = encode_examples(config, backbone, ALONE).manifest["key"]
+        assert (key["images"]["small_images"], key["images"]["views"]["kind"]) == (small, views)
+        assert key["max_samples"] == 8
 
 
 def test_another_tokenizer_gets_another_cache(tiny_world, plain, tmp_path):
