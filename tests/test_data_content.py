@@ -16,6 +16,7 @@ from test_data_sources import (
     write_images,
     write_metadata,
     write_parquet,
+    write_tar,
 )
 from test_data_store import build, encode_images
 
@@ -23,7 +24,7 @@ from t2i import published
 from t2i.checkpoint import load_model
 from t2i.checkpoint_folders import is_checkpoint
 from t2i.data import content, encoding
-from t2i.data.content import ABSENT, describe_changes, hash_files
+from t2i.data.content import ABSENT, contents_key, describe_changes, hash_files
 from t2i.data.data_report import survey_source
 from t2i.data.encoding import check_cache_dir
 from t2i.data.images import ImageRules, SkipSample
@@ -97,6 +98,28 @@ def test_images_elsewhere_are_content_too(tmp_path):
         )
 
 
+@pytest.mark.parametrize("kind", ["metadata", "webdataset"])
+def test_other_columns_are_other_data(kind, tmp_path):
+    """Case 10: the files are the same, but not the captions that are read."""
+    data, names = tmp_path / "data", ("caption", "text" if kind == "metadata" else "txt")
+    if kind == "metadata":
+        write_images(data)
+        rows = [{"file_name": f"{i}.png", "caption": "a", "text": "b"} for i in range(3)]
+        write_metadata(data, rows)
+    else:
+        parts = [(f"{i}.png", png(i)) for i in range(3)]
+        parts += [(f"{i}.{name}", name) for i in range(3) for name in names]
+        write_tar(data / "0.tar", dict(sorted(parts)))
+    sources = [open_source(data, caption_column=name) for name in names]
+    assert len({build(source, tmp_path / "cache") for source in sources}) == 2
+
+
+def test_the_same_images_in_another_class_are_other_data():
+    """Case 10: the order of the images is the same, but not their classes."""
+    keys = {contents_key([("a/1", "x"), (f"{name}/2", "y")]) for name in "ab"}
+    assert len(keys) == 2
+
+
 def test_changes_are_named(tmp_path):
     """Case 10: the changed files, or the changed settings, or that the change cannot be told."""
     data = make("sidecar", tmp_path / "data")
@@ -149,6 +172,11 @@ def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
     with pytest.raises(TimeoutError, match=r"the hashes in .*\(1 missing\)"):
         path.write_bytes(png(5))
         hash_files(source.files(), tmp_path, Processes(1, 2, patience=0.1))
+    monkeypatch.setattr(published, "_SETTLED", 10**13)  # all files changed just now
+    read.clear()
+    for rank in (0, 1, 0):
+        hash_files(source.files(), tmp_path, Processes(rank, 2, patience=0.1))
+    assert len(read) == 8, "by the main process, each time"
 
 
 # -- 11: names -------------------------------------------------------------------------------------

@@ -75,7 +75,9 @@ def test_center_crop_halves_with_a_box_filter():
 def test_center_crop_takes_the_centre():
     image = Image.new("RGB", (300, 100), "red")
     image.paste("blue", (100, 0, 200, 100))
-    assert np.array(center_crop(image, 50))[:, 2:-2].reshape(-1, 3).tolist() == [[0, 0, 255]] * 2300
+    for turned in (image, image.transpose(Image.Transpose.ROTATE_90)):
+        inside = np.array(center_crop(turned, 50))[2:-2, 2:-2]
+        assert inside.reshape(-1, 3).tolist() == [[0, 0, 255]] * 46**2
 
 
 def test_unusable_files(tmp_path):

@@ -14,8 +14,11 @@ def test_every_epoch_visits_every_sample_once_in_its_own_order():
 
 
 def test_the_order_is_frozen():
-    """A newer version of the kit must resume an old run with the same data."""
+    """A newer version must resume an old run with the same data, and hold out the same."""
     assert [sample_index(p, 10, 0) for p in range(12)] == [1, 8, 6, 9, 2, 0, 4, 5, 3, 7, 3, 8]
+    images = torch.tensor([0, 1, 2, 3, 4, 5, 0, 0, 0, 0, 6, 7])
+    assert split_indices(12, 3, 0)[1].tolist() == [1, 3, 11]
+    assert split_indices(12, 3, 1, images)[1].tolist() == [0, 6, 7, 8, 9]
 
 
 def test_the_held_out_split_is_fixed_and_disjoint():

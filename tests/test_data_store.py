@@ -284,6 +284,13 @@ def test_the_folder_depends_on_everything_the_content_depends_on(tmp_path, chang
     assert build(make_samples(), tmp_path) != build(make_samples(9), tmp_path)
 
 
+@pytest.mark.parametrize("version", ["t2i.data.images.PIXELS_VERSION", "t2i.data.encoding.FORMAT"])
+def test_the_folder_depends_on_the_kits_versions(tmp_path, monkeypatch, version):
+    before = build(make_samples(), tmp_path)
+    monkeypatch.setattr(version, 99)
+    assert build(make_samples(), tmp_path) != before
+
+
 def test_another_format_is_refused(tmp_path):
     folder = build(make_samples(), tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())

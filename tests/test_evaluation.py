@@ -18,7 +18,7 @@ from PIL import Image
 from dpg_bench.dpg_benchmark import by_prompt as by_question
 from geneval.summary import by_prompt
 from t2i.errors import UserError
-from t2i.evaluation.bootstrap import paired_differences
+from t2i.evaluation.bootstrap import mean_over_prompts, paired_differences
 from t2i.evaluation.evaluation_options import BenchmarkOptions, Scope
 from t2i.evaluation.gallery import Card
 from t2i.evaluation.judging import Judged
@@ -375,6 +375,23 @@ def test_paired_differences_cancel_the_difficulty_of_prompts():
     assert paired_differences(a, shuffled) == (overall, by_group)
     back, _ = paired_differences(b, a)
     assert (back.difference, back.stderr) == pytest.approx((-overall.difference, overall.stderr))
+
+
+def test_prompts_are_resampled_with_all_their_values():
+    found, means = mean_over_prompts([[1.0], [0.0, 0.0, 0.0]])
+    assert (found.mean, set(means.tolist())) == (0.25, {0.0, 0.25, 1.0})
+    assert found.stderr == means.std(ddof=1)
+
+
+def test_groups_are_resampled_independently():
+    rng = np.random.default_rng(1)
+    same = {str(i): [value] for i, value in enumerate(rng.normal(1, 1, 40))}
+    b = {"x": same, "y": same}
+    a = {name: {key: [0.0] for key in values} for name, values in b.items()}
+    overall, by_group = paired_differences(a, b)
+    errors = [difference.stderr for difference in by_group.values()]
+    assert overall.stderr == pytest.approx(np.hypot(*errors) / 2, rel=0.1)
+    assert overall.low < overall.difference < overall.high
 
 
 def test_overall_difference_weighs_groups_equally():

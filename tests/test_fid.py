@@ -441,6 +441,22 @@ def test_wrong_weights_are_refused(tmp_path, random_network, monkeypatch):
         inception.load_inception()
 
 
+def test_features_are_computed_without_tf32(monkeypatch):
+    """On a GPU, TF32 would change them."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    allowed, layer = [], torch.nn.Linear(1, 1)
+    layer.register_forward_hook(lambda *_: allowed.append(torch.backends.cudnn.allow_tf32))
+
+    class Network(torch.nn.Module):
+        fc = layer
+
+        def forward(self, x):
+            return self.fc(x[..., :1])
+
+    extract(Network(), pictures(1))
+    assert allowed == [False]
+
+
 def test_features_do_not_depend_on_other_images_sizes(random_network):
     network, _ = random_network
     images = [pictures(1, side=20)[0], pictures(1, seed=1, side=40)[0]]

@@ -107,6 +107,20 @@ def test_relative_position_is_antisymmetric():
     assert seen == {0, 1, 2}
 
 
+def test_a_tiny_offset_is_none():
+    box = np.array([0, 0, 8, 8], np.float32)
+    assert relative_position(box + np.float32(5e-4), box, margin=0.0) == []
+
+
+def test_a_position_holds_for_every_pair_of_objects():
+    dogs, cat = [[10, 0, 18, 8], [90, 0, 98, 8]], [[50, 0, 58, 8]]
+    found = {"dog": Detections(dogs, [0.9, 0.8]), "cat": Detections(cat, [0.9])}
+    for count, correct in ((1, True), (2, False)):
+        cat = {"class": "cat", "count": 1, "position": ["right of", 0]}
+        wanted = {"tag": "position", "include": [{"class": "dog", "count": count}, cat]}
+        assert decide(wanted, found, lambda *_: []).correct == correct
+
+
 def rows_of(rates, per_prompt=4):
     """Rows of prompts that have these numbers of correct images."""
     return [
@@ -128,6 +142,13 @@ def test_boxes_that_overlap_too_much_are_one_object(limit, kept):
     assert verdict.correct and list(verdict.kept["bus"]) == list(range(kept))
 
 
+def test_an_overlap_of_just_the_limit_is_too_much():
+    entry = {"prompt": "", "tag": "counting", "include": [{"class": "bus", "count": 1}]}
+    found = Detections(np.array([[0, 0, 9, 9], [0, 0, 9, 4]]), np.array([0.99, 0.98]))
+    verdict = decide(entry, {"bus": found}, lambda *_: [], RuleOptions(max_overlap=0.5))
+    assert list(verdict.kept["bus"]) == [0]
+
+
 def test_standard_errors_cluster_by_prompt():
     rng = np.random.default_rng(0)
     independent = rows_of({"colors": rng.binomial(4, 0.5, 200)})
@@ -144,6 +165,15 @@ def test_standard_errors_do_not_depend_on_row_order_but_on_the_seed():
     assert first.overall_stderr == second.overall_stderr > 0
     assert first.tags == second.tags
     assert summarize(rows, seed=4).overall_stderr != first.overall_stderr
+
+
+def test_the_overall_standard_error_is_that_of_a_mean_of_independent_tasks():
+    """A task that is always solved has an error of 0, which counts."""
+    summary = summarize(
+        rows_of({"colors": [0, 1, 2, 3], "counting": [0, 4, 4], "position": [4, 4]})
+    )
+    errors = [score.stderr for score in summary.tags.values()]
+    assert errors[2] == 0 and summary.overall_stderr == pytest.approx(np.hypot(*errors[:2]) / 3)
 
 
 def test_one_prompt_has_no_standard_error():

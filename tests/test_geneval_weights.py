@@ -131,6 +131,17 @@ def test_another_file_needs_its_own_hash_and_is_marked(tiny_models, monkeypatch)
             load_detector("mask2former", weights=weights, sha256=hash_)
 
 
+def test_another_file_is_not_taken_for_one_that_was_converted_before(tiny_models):
+    content = torch.load(golden.CHECKPOINT, weights_only=True)
+    content["state_dict"]["panoptic_head.cls_embed.bias"] += 1
+    torch.save(content, tiny_models / "mine.pth")
+    digest = file_sha256(tiny_models / "mine.pth")
+    official = load_detector("mask2former", weights=tiny_models)
+    mine = load_detector("mask2former", weights=tiny_models / "mine.pth", sha256=digest)
+    biases = (detector.objects.model.class_predictor.bias for detector in (official, mine))
+    assert not torch.equal(*biases)
+
+
 def test_the_hubs_checkpoint_is_an_approximation(tiny_models, tmp_path):
     folder = tiny_models / "hub"
     load_mmdet(golden.CHECKPOINT).save_pretrained(folder)

@@ -34,7 +34,7 @@ from t2i.shapes.tiny_recipes import ClassBase
 from t2i.training.batches import TrainingData
 from t2i.training.check import check
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
-from t2i.training.examples import check_backbone
+from t2i.training.examples import check_backbone, encode_examples
 from t2i.training.logs import read_metrics
 from t2i.training.loop import train
 from t2i.training.validation import validate
@@ -223,6 +223,14 @@ def test_recipes_of_all_published_sizes():
     assert "c2i_XL_384.pt" in published["llamagen-xl-384"].backbone.weights
     assert "c2i_L_256.pt" in published["llamagen-l-256"].backbone.weights
     assert "AR_256_B.ckpt" in published["open-magvit2-b"].backbone.weights
+
+
+def test_the_views_are_those_of_the_options(base, tmp_path):
+    config = tiny(base, "-")
+    own = {"views": "ten-crop", "crop_ranges": (1.2,), "cache_dir": tmp_path}
+    config = replace(config, data=replace(config.data, **own))
+    store = encode_examples(config, t2i.load_backbone(base.name, base), ALONE)
+    assert store.manifest["key"]["images"]["views"] == {"kind": "ten-crop", "crop_ranges": [1.2]}
 
 
 def test_the_preflight_check_opens_images_of_classes(base, tmp_path):

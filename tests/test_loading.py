@@ -25,8 +25,9 @@ from t2i.model_options import BaseOptions, ModelOptions
 from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen
 from t2i.published import remembered_sha256
 from t2i.sources import family_of
+from t2i.training.config import BackboneOptions
 from t2i.training.loop import train
-from t2i.training.start import build_model
+from t2i.training.start import build_model, start_from
 
 
 # -- case 8: moved files --------------------------------------------------------------------------
@@ -443,7 +444,9 @@ def test_a_codec_with_other_settings_starts_fresh(tiny_world, plain, caplog):
     config = tiny_run(tiny_world, "-", backbone__weights=str(plain), method__k=2)
     with caplog.at_level("INFO"):
         model = build_model(config)
+        build_model(replace(config, method=replace(config.method, k=3, residual="all")))
     assert model.config.k == 2 and "with a fresh codec" in caplog.text and "k 3 -> 2" in caplog.text
+    assert "(residual first -> all)" in caplog.text
 
 
 def test_a_run_from_a_codec_checkpoint_does_not_save_the_backbone(tiny_world, tmp_path):
@@ -452,6 +455,29 @@ def test_a_run_from_a_codec_checkpoint_does_not_save_the_backbone(tiny_world, tm
     changes = {"tuning": "codec", "backbone__weights": str(old), "steps": 1}
     new = train(tiny_run(tiny_world, f"{tmp_path.name}-more", **changes))
     assert not (new / "backbone.safetensors").exists()
+
+
+def test_runs_that_train_no_backbone_hand_on_changed_image_layers(tiny_world, tmp_path):
+    options: dict = {"tuning": "codec", "steps": 1, "train_image_layers": True}
+    runs = []
+    for number in range(3):
+        runs.append(train(tiny_run(tiny_world, f"{tmp_path.name}-{number}", **options)))
+        options |= {"train_image_layers": False, "backbone__weights": str(runs[-1])}
+    states = [t2i.from_pretrained(folder).backbone.state_dict() for folder in runs]
+    assert_same_weights(states[0], states[1])
+    assert_same_weights(states[0], states[2])
+
+
+def test_adapters_are_merged_before_weights_are_rounded(tiny_world, tmp_path):
+    old = train(tiny_run(tiny_world, f"{tmp_path.name}-lora", tuning="lora"))
+    options = BackboneOptions(weights=str(old))
+    exact = start_from(old, options).bfloat16().state_dict()
+    assert_same_weights(start_from(old, options, dtype=torch.bfloat16).state_dict(), exact)
+
+
+def test_the_options_of_sampling_are_the_checkpoints(tiny_world):
+    model = build_model(tiny_run(tiny_world, "-", sampling__cfg_scale=3.5))
+    assert (model.sampling.cfg_scale, model.sampling.top_k) == (3.5, 1000)
 
 
 def test_a_generator_loads_without_its_tokenizer(tmp_path):

@@ -257,16 +257,23 @@ def test_codes_that_do_not_fit_are_named_before_the_run(tmp_path):
         JsonlCodes(path).check_some(spec.check_codes)
 
 
-def test_a_class_that_does_not_fit_is_named_in_a_run(tmp_path):
+@pytest.mark.parametrize(
+    ("wrong", "value", "message"),
+    [
+        ("labels", np.array([10**6]), "class label 1000000 "),
+        ("codes", np.full((1, 1, 16), 10**6), "codes from .* to 1000000"),
+    ],
+)
+def test_what_does_not_fit_is_named_in_a_run(tmp_path, wrong, value, message):
     backbone, root = tiny_rar(), tmp_path / "codes"
     for kind, content in (("codes", np.zeros((1, 1, 16), int)), ("labels", np.array([1]))):
         (root / f"imagenet256_{kind}").mkdir(parents=True)
         for i in range(4):
             np.save(root / f"imagenet256_{kind}" / f"{i}.npy", content)
-    np.save(root / "imagenet256_labels" / "2.npy", np.array([10**6]))
+    np.save(root / f"imagenet256_{wrong}" / "2.npy", value)
     data = LabelledOptions(source=(str(root),), validation_samples=1)
     config = TrainConfig(data=data, batch_size=3, engine=EngineOptions(micro_batch=3))
-    with pytest.raises(UserError, match=r"class label 1000000 .*in one of .*2\.npy \(number 2\)"):
+    with pytest.raises(UserError, match=rf"{message}.*in one of .*2\.npy \(number 2\)"):
         examples = TrainingData(config, backbone, ALONE)
         _ = [*examples.validation_batches(), *examples.micro_batches(0)]
 

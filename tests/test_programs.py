@@ -296,6 +296,15 @@ def test_another_request_for_the_same_folder_is_refused(draws, plain, tiny_world
     other = refused(generate, capsys, *base, "--prompt", "two squares", "--out", "o")
     assert "00000: 'a red circle' there, 'two squares' now" in other
     assert folder_content(Path("o")) == before
+    record = Path("o", GENERATION_FILE)
+    drawn = read_json(record)
+    for name in ("model", "tokenizer", "text_encoder"):
+        write_json(record, drawn | {"weights": drawn["weights"] | {name: "another"}})
+        text = message(*base)
+        assert f"weights.{name} 'another' there" in text and "None now" not in text
+    for name in ("noise", "dtype", "method"):
+        write_json(record, drawn | {name: "another"})
+        assert f"{name} 'another' there" in message(*base)
     Path("mine/00000/samples").mkdir(parents=True)
     save_png(Image.new("RGB", (8, 8)), Path("mine") / sample_file(0, 0))
     assert "without generation.json" in refused(

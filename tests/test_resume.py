@@ -31,8 +31,10 @@ import t2i
 from t2i.checkpoint_folders import read_config, run_checkpoints
 from t2i.data import content
 from t2i.errors import Stopped, UserError
+from t2i.generation import draw_images
 from t2i.processes import ALONE
 from t2i.shapes.shapes_source import write_dataset
+from t2i.tensorar.model import TensorAR
 from t2i.training import loop
 from t2i.training.batches import TrainingData
 from t2i.training.check import check
@@ -53,6 +55,7 @@ def test_stop_and_resume_changes_no_bit(tiny_world, number):
         signal.signal(number, signal.SIG_DFL)
     names = [f"{name}-{number.name}" for name in ("whole", "halves", "no-dropout")]
     options = {"steps": 6, "batch_size": 8, "token_dropout": 0.1, "condition_dropout": 0.3}
+    options |= {"log__at_start": True}
     whole = train(tiny_run(tiny_world, names[0], **options))
     saved = pytest.raises(Stopped, match="saved after step 3")
     with saved, before_step(2, lambda run: os.kill(os.getpid(), number)):
@@ -186,6 +189,32 @@ def test_the_average_is_saved_and_validated(tiny_world, plain):
         tiny_run(tiny_world, "-", ema=0.5, engine__zero_stage=3)
 
 
+def test_sheets_are_drawn_with_the_average(tiny_world, monkeypatch):
+    drawn = []
+
+    def watched(model: TensorAR, *args, **options):
+        drawn.append(model.codec.encoder.slots.detach().clone())
+        return draw_images(model, *args, **options)
+
+    monkeypatch.setattr("t2i.training.training_run.draw_images", watched)
+    run = Run(tiny_run(tiny_world, "averaged-sheet", ema=0.5, log__prompts=("a red circle",)))
+    run.train_step()
+    run.draw_sheet()
+    assert torch.equal(drawn[0], run.average.weights["codec.encoder.slots"])
+    assert not torch.equal(drawn[0], run.model.codec.encoder.slots)
+
+
+def test_the_best_model_has_the_best_final_codes(tiny_world, monkeypatch):
+    """With the model's own drafts as input, as in drawing; the other losses may rise."""
+    names = [
+        f"validation/{kind}/slot{j}" for kind in ("own_drafts", "noised_truth") for j in (0, 1)
+    ]
+    rows = iter([(3.0, 1.0, 1.0, 1.0), (2.0, 2.0, 2.0, 2.0), (2.5, 0.5, 0.5, 0.5)])
+    monkeypatch.setattr(Run, "validate", lambda _: dict(zip(names, next(rows), strict=True)))
+    train(tiny_run(tiny_world, "best-of-which", log__validate_every=1, batch_size=4))
+    assert read_config(tiny_world / "runs" / "best-of-which" / "best")["training"]["step"] == 2
+
+
 def test_the_best_model_is_kept(tiny_world, monkeypatch, caplog):
     losses = iter([3.0, 2.0, 5.0, 2.5, 1.0])
     monkeypatch.setattr(Run, "validate", lambda _: {BEST_BY: next(losses)})
@@ -273,6 +302,8 @@ def test_resume_without_a_checkpoint(tiny_world, monkeypatch):
         train(tiny_run(tiny_world, "killed-early"))
     with (tiny_world / "runs" / "killed-early" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "train/lo')  # cut off in the middle of a line
+    with pytest.raises(UserError, match="batch_size: 16 -> 8"):
+        train(tiny_run(tiny_world, "killed-early", resume=True, batch_size=8))
     train(tiny_run(tiny_world, "killed-early", resume=True))
     assert [row["step"] for row in metrics(tiny_world, "killed-early")] == [1, 2, 3]
 

@@ -24,9 +24,10 @@ from t2i.reward.reward_options import RewardConfig
 from t2i.training import settings
 from t2i.training.check import check
 from t2i.training.config import BackboneOptions, LabelledOptions, TrainConfig
+from t2i.training.engine import healthy_norm
 from t2i.training.logs import read_metrics
 from t2i.training.loop import train
-from t2i.training.training_run import Run
+from t2i.training.training_run import BEST_BY, Run
 
 STAGES = {
     "zero0": {},
@@ -137,7 +138,18 @@ def test_only_the_samples_with_a_bad_loss_are_named(tiny_world, stage):
     assert all(f"(number {i})" in str(stopped.value) for i in bad)
 
 
-@pytest.mark.parametrize("action", [Run.save, Run.sample_sheet])
+def test_norms_that_deepspeed_reports():
+    """Case 2: -1 stands for one that is not finite."""
+    norms = (None, 0.0, 2.5, -1.0, float("inf"), float("nan"))
+    assert [healthy_norm(norm) for norm in norms] == 3 * [True] + 3 * [False]
+
+
+def keep_as_best(run: Run) -> None:
+    """Its held-out loss may be finite all the same."""
+    run.keep_if_best({BEST_BY: 0.0})
+
+
+@pytest.mark.parametrize("action", [Run.save, Run.sample_sheet, keep_as_best])
 def test_weights_that_are_not_finite_are_not_saved_nor_drawn_with(tiny_world, action):
     """Case 2: whatever made them non-finite."""
     run = Run(tiny_run(tiny_world, f"bad-weights-{action.__name__}"))
@@ -145,7 +157,7 @@ def test_weights_that_are_not_finite_are_not_saved_nor_drawn_with(tiny_world, ac
         run.model.codec.encoder.slots[0, 0] = float("inf")
     with pytest.raises(NotFiniteError, match=r"weights are not finite after step 0.*no checkpoint"):
         action(run)
-    assert not (run.config.run_dir / "checkpoints").exists()
+    assert not {"checkpoints", "best"} & {path.name for path in run.config.run_dir.iterdir()}
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero2-bf16"])
@@ -196,6 +208,22 @@ def test_every_name_in_the_groups_is_an_option():
     own = {name for config in configs for name in leaves(settings.plain(config))}
     for name in (*settings.ROUNDING, *settings.APPLIED, *settings.FREE):
         assert any(n == name or n.startswith(f"{name}.") for n in own), f"{name} is no option"
+
+
+def test_settings_that_make_another_run_are_refused():
+    """Case 6: what is trained, on what, and with which random numbers."""
+    config, places = TrainConfig(), ("data.source", "data.cache_dir")
+    fixed = {"seed", "batch_size", "ema", "tuning", "lora", "train_image_layers", "method", "data"}
+    fixed |= {"token_dropout", "condition_dropout"}
+    names = [name for name in leaves(settings.plain(config)) if name not in places]
+    names = [name for name in names if name.partition(".")[0] in fixed]
+    assert len(names) > 2 * len(fixed)
+    for name in names:
+        stored = settings.plain(config)
+        part, _, option = name.rpartition(".")
+        (stored[part] if part else stored)[option] = "another"
+        with pytest.raises(UserError, match=rf"with other settings \({name}: another -> "):
+            settings.check_settings(config, stored, Path("run"))
 
 
 def test_changed_settings_are_announced_one_by_one(plain, copied, tiny_world, caplog):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import rare
+from helpers import open_gates, rare
 from programs import program
 from runs import (
     SAME_SUM,
@@ -17,6 +17,8 @@ from runs import (
     metrics,
     plain_options,
     saved_after_two_steps,
+    state_of,
+    tiny_janus_run,
     tiny_run,
     weights,
 )
@@ -26,15 +28,17 @@ import t2i
 from launch import train_llamagen
 from t2i.files import read_json_lines
 from t2i.processes import ALONE, Processes
+from t2i.rng import make_keys, uniforms
 from t2i.shapes.shapes_source import write_dataset
-from t2i.training.batches import TrainingData
+from t2i.training.batches import TrainingData, noise_and_drop
 from t2i.training.config import OptimOptions, TrainConfig
 from t2i.training.engine import TrainingLoss, parameter_groups, set_rates
+from t2i.training.examples import encode_examples
 from t2i.training.logs import read_metrics
 from t2i.training.loop import train
 from t2i.training.start import build_model
 from t2i.training.training_run import Run
-from t2i.training.validation import validate
+from t2i.training.validation import batch_losses, validate
 from t2i.weights import read_state_dict
 
 EXACT = 0.0
@@ -86,6 +90,13 @@ def test_logged_losses_are_the_means_over_the_batch(tiny_world, plain):
     )
 
 
+def test_the_logged_loss_has_the_slots_weights(tiny_world, plain):
+    run = Run(tiny_run(tiny_world, "weighted", method__slot_weights=(1.0, 0.5, 0.1)))
+    row, shares = run.train_step(), (16, 0.5 * 15, 0.1 * 14)
+    losses = [row[f"train/slot{j}"] * share for j, share in enumerate(shares)]
+    assert row["train/loss"] == pytest.approx(sum(losses) / sum(shares), rel=SAME_SUM)
+
+
 def test_dropped_conditions_are_not_read(tiny_world, plain):
     config = tiny_run(tiny_world, "-")
     model = build_model(config)
@@ -107,6 +118,53 @@ def test_bf16_is_close_to_fp32(tiny_world, plain):
     assert next(t2i.from_pretrained(folder).parameters()).dtype == torch.float32
 
 
+def test_autocast_computes_in_bf16(tiny_world, plain):
+    """In steps and in validation; the weights stay fp32."""
+    runs = [Run(tiny_run(tiny_world, f"in-{p}", engine__precision=p)) for p in ("fp32", "autocast")]
+    for found in ([run.validate() for run in runs], [run.train_step() for run in runs]):
+        losses = [{k: v for k, v in one.items() if "slot" in k} for one in found]
+        assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+    assert {p.dtype for p in runs[1].model.parameters()} == {torch.float32}
+
+
+def test_own_drafts_follow_the_progress_of_the_run(tiny_world, plain):
+    config = tiny_run(tiny_world, "-", method__own_drafts=1.0, method__anneal=True)
+    models = [open_gates(build_model(c)) for c in (config, tiny_run(tiny_world, "-"))]
+    data = TrainingData(config, models[0].backbone, ALONE)
+    batches = [next(data.micro_batches(step)) for step in range(3)]
+    assert [batch.progress for batch in batches] == [0, 1 / 3, 2 / 3]
+    first, last = batches[0], replace(batches[0], progress=1.0)
+    with torch.no_grad():
+        losses = [float(TrainingLoss(model, "fp32")(first)[0]) for model in models]
+        assert losses[0] == losses[1] != float(TrainingLoss(models[0], "fp32")(last)[0])
+
+
+def test_steps_are_taken_in_training_mode(tiny_world, monkeypatch):
+    """Also after validation and sheets, which switch dropout off."""
+    modes, step = [], Run.train_step
+
+    def watched(run: Run) -> dict[str, float]:
+        modes.append({module.training for module in run.model.modules()})
+        return step(run)
+
+    monkeypatch.setattr(Run, "train_step", watched)
+    drawn = {"log__sample_every": 1, "log__validate_every": 1, "log__prompts": ("a red circle",)}
+    for name, options in (("quiet", {}), ("drawn", drawn)):
+        train(tiny_run(tiny_world, f"mode-{name}", batch_size=4, **options))
+    assert modes == 6 * [{True}]
+
+
+def test_dropout_differs_by_step_process_and_seed(tiny_world):
+    seeds = []
+    for seed, rank in ((0, 0), (1, 0), (0, 1)):
+        run = Run(tiny_run(tiny_world, f"dropout-{seed}{rank}", seed=seed, batch_size=4))
+        run.processes = replace(run.processes, rank=rank)
+        for _ in range(2):
+            run.train_step()
+            seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == 6
+
+
 @pytest.mark.parametrize(
     "method", [{"noise": "gaussian"}, {"noise": "codebook"}, {"k": 1}], ids=str
 )
@@ -116,6 +174,16 @@ def test_other_methods_train(tiny_world, method):
     train(tiny_run(tiny_world, name, steps=6, **options))
     losses = [row["train/loss"] for row in metrics(tiny_world, name)]
     assert losses[-1] < losses[0]
+
+
+def test_gaussian_noise_is_added_in_steps_and_in_validation(tiny_world, plain):
+    config = tiny_run(tiny_world, "-", method__noise="gaussian")
+    model = open_gates(build_model(config)).eval()
+    batch = next(TrainingData(config, model.backbone, ALONE).micro_batches(0))
+    both = (batch, replace(batch, keys=batch.keys + 1))
+    with torch.no_grad():
+        assert len({float(TrainingLoss(model, "fp32")(one)[0]) for one in both}) == 2
+        assert len({str(batch_losses(model, one)[0][0]) for one in both}) == 2
 
 
 # -- tuning modes ----------------------------------------------------------------------------------
@@ -164,15 +232,15 @@ def test_lora_gradients(tiny_world, recompute):
     assert len(moving) == 10 and all(moving)
 
 
-def test_lora_starts_the_same_for_a_seed(tiny_world):
+def test_new_weights_start_the_same_for_a_seed(tiny_world):
     config = tiny_run(tiny_world, "-", tuning="lora")
     torch.manual_seed(0)
     first = build_model(config).state_dict()
     torch.manual_seed(1)
     again, other = (build_model(replace(config, seed=s)).state_dict() for s in (0, 1))
-    adapters = [name for name in first if "lora_A" in name]
-    assert all(torch.equal(first[name], again[name]) for name in adapters)
-    assert not any(torch.equal(first[name], other[name]) for name in adapters)
+    fresh = ["codec.encoder.slots", *(name for name in first if "lora_A" in name)]
+    assert all(torch.equal(first[name], again[name]) for name in fresh)
+    assert not any(torch.equal(first[name], other[name]) for name in fresh)
 
 
 # -- optimizer -------------------------------------------------------------------------------------
@@ -199,6 +267,19 @@ def test_parameter_groups(tiny_world):
         assert decays == {group["weight_decay"] == 0.3}
     codec = {id(p) for group in groups if group["part"] == "codec" for p in group["params"]}
     assert codec == {id(p) for p in model.codec.parameters()}
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_gradients_are_clipped_and_moments_decay_as_the_options_say(tiny_world, stage):
+    """AdamW's moments after one step are shares of the gradient and of its square."""
+    own = {"optim__betas": (0.8, 0.9), "optim__grad_clip": 0.01, "engine__zero_stage": stage}
+    folder = train(tiny_run(tiny_world, f"moments-{stage}", steps=1, **own))
+    gradient, square = (
+        torch.cat([value.flatten() for value in state_of(folder, kind).values()]) / share
+        for kind, share in (("exp_avg", 0.2), ("exp_avg_sq", 0.1))
+    )
+    assert float(gradient.norm()) == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(gradient.square(), square)
 
 
 def test_backbone_waits_for_the_codec(tiny_world):
@@ -235,6 +316,39 @@ def test_ranks_share_the_batches(tiny_world, plain):
     assert not train_set & validation_set and len(train_set | validation_set) == 60
 
 
+def test_random_choices_about_a_sample_are_independent(tiny_world, monkeypatch):
+    """Its noise, whether it loses its condition, and which view or caption is read; they differ
+    each time that it is read, and for each seed.
+    """
+    noise, drop = noise_and_drop(make_keys(0, torch.arange(1000)), 0.5)
+    assert 0.4 < ((uniforms(noise, 1)[:, 0] < 0.5) == drop).float().mean() < 0.6
+    backbone, keys, chosen = t2i.load_backbone("llamagen", tiny_world / "base"), [], []
+    for seed in (0, 1):
+        data = TrainingData(tiny_run(tiny_world, "-", seed=seed), backbone, ALONE)
+        load = data.load
+        monkeypatch.setattr(data, "load", lambda i, c, load=load: chosen.append(c) or load(i, c))
+        keys += [batch.keys for step in range(7) for batch in data.micro_batches(step)]
+    assert len(torch.cat(keys).unique()) == 2 * 7 * 16, "in two epochs of 51 samples"
+    bits, others = torch.cat(chosen) % 2, torch.cat(keys) % 2
+    assert 0.4 < bits.float().mean() < 0.6 and 0.4 < (bits == others).float().mean() < 0.6
+
+
+@pytest.mark.parametrize("run", [tiny_run, tiny_janus_run])
+def test_a_choice_is_one_of_a_view_and_a_caption(tiny_world, tmp_path, run):
+    """Of stored features, and of captions that are prepared for each batch."""
+    write_dataset(tmp_path / "data", 12, size=32)
+    rows = read_json_lines(tmp_path / "data" / "metadata.jsonl")
+    lines = [json.dumps(row | {"text": [row["text"], "a photo of a ring"]}) for row in rows]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(lines))
+    own = {"data__source": str(tmp_path / "data"), "data__cache_dir": tmp_path / "cache"}
+    config = run(tiny_world, "-", **own, data__views="flip")
+    data = TrainingData(config, build_model(config).backbone, ALONE)
+    loaded = [data.load(torch.tensor([3]), torch.tensor([choice])) for choice in range(4)]
+    codes, prepared = ([str(part) for part in parts] for parts in zip(*loaded, strict=True))
+    assert codes[0] == codes[2] != codes[1] == codes[3], "two views"
+    assert prepared[0] == prepared[1] != prepared[2] == prepared[3], "two captions"
+
+
 def test_the_held_out_samples_are_the_same_on_any_number_of_processes(tiny_world, plain):
     """A run may be resumed on more processes than there are held-out samples."""
     config = tiny_run(tiny_world, "-", engine__micro_batch=1, data__validation_samples=None)
@@ -263,6 +377,18 @@ def test_the_plan_counts_what_is_really_held_out(tiny_world, tmp_path):
     plan = data.plan
     assert (plan.samples, plan.held_out, plan.training) == (60, 20, 40)
     assert len(data.train) == 40 and plan.steps == 20 * 40 / 16
+
+
+def test_images_are_encoded_as_the_options_say(tiny_world, tmp_path):
+    backbone = t2i.load_backbone("llamagen", tiny_world / "base")
+    for small, views in (("skip", "centre"), ("upscale", "flip")):
+        own = {"small_images": small, "views": views, "max_samples": 8, "cache_dir": tmp_path}
+        config = tiny_run(
+            tiny_world, "-", **{f"data__{name}": value for name, value in own.items()}
+        )
+        key = encode_examples(config, backbone, ALONE).manifest["key"]
+        assert (key["images"]["small_images"], key["images"]["views"]["kind"]) == (small, views)
+        assert key["max_samples"] == 8
 
 
 def test_another_tokenizer_gets_another_cache(tiny_world, plain, tmp_path):
