@@ -1,6 +1,6 @@
 """Draw images from prompts into GenEval's folder layout, with a contact sheet.
 
-python launch/generate.py --ckpt runs/shapes --prompt "a photo of a red circle" --samples 4
+python launch/generate.py --ckpt runs/shapes-tuned --prompt "a photo of a red circle" --samples 4
 # a base that the kit ships
 python launch/generate.py --ckpt shapes --prompt-file prompts.txt
 python launch/generate.py --base.family llamagen \\

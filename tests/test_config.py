@@ -18,6 +18,7 @@ from t2i.models.janus import janus_recipes
 from t2i.models.llamagen import llamagen_recipes
 from t2i.models.open_magvit2 import open_magvit2_recipes
 from t2i.models.rar import rar_recipes
+from t2i.reward import reward_recipes
 from t2i.training.check import check
 from t2i.training.config import TrainConfig
 
@@ -29,6 +30,12 @@ RECIPES = {name: recipe for family in FAMILIES for name, recipe in family.recipe
 def test_recipes_have_unique_names_and_descriptions():
     assert len(RECIPES) == sum(len(family.recipes()) for family in FAMILIES) >= 80
     assert all(about for about, _ in RECIPES.values())
+
+
+def test_recipes_have_run_folders_of_their_own():
+    """A control after a recipe with TensorAR was refused: its default folder held a run."""
+    for name, (_, config) in {**RECIPES, **reward_recipes.recipes()}.items():
+        assert config.run_dir == Path("runs") / name
 
 
 @pytest.mark.parametrize("name", RECIPES)

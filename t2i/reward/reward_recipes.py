@@ -5,12 +5,12 @@ the field: rates of 1e-6 (full) and 3e-5 to 1e-4 (adapters), groups of 8, a weak
 """
 
 from dataclasses import fields, replace
-from pathlib import Path
 
 from t2i.models.janus import janus_recipes
 from t2i.models.llamagen import llamagen_recipes
 from t2i.reward.reward_options import RewardConfig, RewardOptions
 from t2i.training.config import DataOptions, EngineOptions, LogOptions, OptimOptions, TrainConfig
+from t2i.training.recipes import in_own_folders
 
 RewardRecipes = dict[str, tuple[str, RewardConfig]]
 
@@ -30,9 +30,9 @@ _OFFICIAL_PROMPTS = (
 def recipes() -> RewardRecipes:
     """Recipe name -> (one-line description, settings)."""
     llamagen, janus = llamagen_recipes.recipes(), janus_recipes.recipes()
-    shapes = _on_shapes(llamagen["shapes-control"][1], "shapes-reward", rate=1e-4)
+    shapes = _on_shapes(llamagen["shapes-control"][1], rate=1e-4)
     guided = replace(
-        _on_shapes(llamagen["shapes-control"][1], "shapes-guided", rate=3e-4),
+        _on_shapes(llamagen["shapes-control"][1], rate=3e-4),
         batch_size=32,
         steps=200,
         ema=0.0,
@@ -44,21 +44,22 @@ def recipes() -> RewardRecipes:
             guided.reward, functions=(), group=2, kl=1.0, start_cfg_scale=4.0, start_temperature=0.7
         ),
     )
-    tiny_janus = _on_shapes(janus["shapes-janus-control"][1], "shapes-janus-reward", rate=3e-4)
+    tiny_janus = _on_shapes(janus["shapes-janus-control"][1], rate=3e-4)
     janus_1b = replace(
-        _real(janus["janus-pro-1b-control"][1], "janus-pro-1b-reward", rate=3e-5),
+        _real(janus["janus-pro-1b-control"][1], rate=3e-5),
         train_image_layers=False,
     )
     # Load the text head, so that `watch/text_kl` can show what training does to it.
     janus_1b = replace(janus_1b, backbone=replace(janus_1b.backbone, generation_only=False))
-    xl = _real(llamagen["t2i-xl-256-control"][1], "t2i-xl-256-reward", rate=1e-6)
-    return {
+    xl = _real(llamagen["t2i-xl-256-control"][1], rate=1e-6)
+    found = {
         "shapes-guided": ("offline shapes world: guidance built in, nothing rewarded", guided),
         "shapes-reward": ("offline shapes world: GenEval as the teacher", shapes),
         "shapes-janus-reward": ("offline shapes world, tiny Janus: adapters", tiny_janus),
         "janus-pro-1b-reward": ("Janus-Pro 1B: adapters, GenEval as the teacher", janus_1b),
         "t2i-xl-256-reward": ("LlamaGen XL at 256 px as a whole, GenEval as the teacher", xl),
     }
+    return in_own_folders(found)
 
 
 def _rewarded(config: TrainConfig, reward: RewardOptions) -> RewardConfig:
@@ -67,11 +68,10 @@ def _rewarded(config: TrainConfig, reward: RewardOptions) -> RewardConfig:
     return RewardConfig(**own, reward=reward)
 
 
-def _on_shapes(config: TrainConfig, name: str, rate: float) -> RewardConfig:
+def _on_shapes(config: TrainConfig, rate: float) -> RewardConfig:
     config = _rewarded(config, RewardOptions(group=16, tasks=_HARD))
     return replace(
         config,
-        run_dir=Path(f"runs/{name}"),
         batch_size=256,
         steps=60,
         ema=0.95,
@@ -83,12 +83,11 @@ def _on_shapes(config: TrainConfig, name: str, rate: float) -> RewardConfig:
     )
 
 
-def _real(config: TrainConfig, name: str, rate: float) -> RewardConfig:
+def _real(config: TrainConfig, rate: float) -> RewardConfig:
     reward = RewardOptions(prompts="official", watch=("geneval",), kl=0.01)
     config = _rewarded(config, reward)
     return replace(
         config,
-        run_dir=Path(f"runs/{name}"),
         steps=1600,
         optim=replace(config.optim, backbone_lr=rate, codec_lr=rate, weight_decay=0.0),
         log=replace(_LOG, log_every=None, prompts=_OFFICIAL_PROMPTS),

@@ -62,11 +62,18 @@ _MAIN_OPTIONS = (
 """The options of a recipe that --help shows."""
 
 
-def small_data(config: TrainConfig, name: str) -> TrainConfig:
+def in_own_folders(recipes: Mapping[str, tuple[str, C]]) -> dict[str, tuple[str, C]]:
+    """The same recipes, each with a run folder of its own name."""
+    return {
+        name: (about, replace(config, run_dir=Path("runs") / name))
+        for name, (about, config) in recipes.items()
+    }
+
+
+def small_data(config: TrainConfig) -> TrainConfig:
     """For a few hundred to a few thousand pictures on one GPU: adapters, ten passes."""
     return replace(
         config,
-        run_dir=Path(f"runs/{name}"),
         method=presets.tuned(own_drafts=1.0),
         tuning="lora",
         train_image_layers=False,
@@ -133,9 +140,8 @@ def _with_each_method(name: str, about: str, config: TrainConfig) -> Recipes:
     found: Recipes = {}
     for end, (method, words) in METHODS.items():
         own = name if end == "tuned" else f"{name}-{end}"
-        changed = replace(config, run_dir=Path("runs") / own, method=method)
-        found[own] = (f"{about}, {words}", changed)
-    return found
+        found[own] = (f"{about}, {words}", replace(config, method=method))
+    return in_own_folders(found)
 
 
 # -- the programs ----------------------------------------------------------------------------------

@@ -7,12 +7,18 @@ recipes are used.
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 from t2i.tensorar import presets
 from t2i.training.config import BackboneOptions, DataOptions, OptimOptions, TrainConfig
-from t2i.training.recipes import OWN_PICTURES, Recipes, bf16, on_two_cores, small_data
+from t2i.training.recipes import (
+    OWN_PICTURES,
+    Recipes,
+    bf16,
+    in_own_folders,
+    on_two_cores,
+    small_data,
+)
 from t2i.tuning import LoRAConfig
 
 _LIGHT_DRAFTS = presets.tuned()
@@ -27,7 +33,7 @@ def recipes() -> Recipes:
         name, about, lora = f"janus-pro-{size.lower()}", f"Janus-Pro {size}", _lora(size)
         adapters = "LoRA on the language model"
         few = f"a few thousand pictures on one GPU: {adapters}, own drafts"
-        found[f"{name}-small-data"] = (f"{about}, {few}", small_data(lora, f"{name}-small-data"))
+        found[f"{name}-small-data"] = (f"{about}, {few}", small_data(lora))
         for end, method, words in (
             ("lora", _LIGHT_DRAFTS, f"{adapters}, image layers trained whole, light drafts"),
             ("iclr2026", presets.iclr2026(), f"as {name}-lora with the ICLR 2026 method"),
@@ -37,7 +43,7 @@ def recipes() -> Recipes:
     words = "Janus-Pro 7B as a whole, weights sharded over 8 GPUs, light drafts"
     found["janus-pro-1b-full"] = ("Janus-Pro 1B as a whole, light drafts", _whole("1B", 2))
     found["janus-pro-7b-full-zero3"] = (words, _whole("7B", 3))
-    return found | _shapes_recipes()
+    return in_own_folders(found | _shapes_recipes())
 
 
 def _lora(size: str) -> TrainConfig:
@@ -46,7 +52,6 @@ def _lora(size: str) -> TrainConfig:
     """
     weights = f"deepseek-community/Janus-Pro-{size}"
     return TrainConfig(
-        run_dir=Path(f"runs/janus-pro-{size.lower()}"),
         backbone=BackboneOptions(family="janus", weights=weights, generation_only=True),
         method=_LIGHT_DRAFTS,
         tuning="lora",
@@ -74,7 +79,6 @@ def _shapes_recipes() -> Recipes:
     """Recipes for the shipped tiny Janus on the offline shapes world."""
     lora = on_two_cores(
         TrainConfig(
-            run_dir=Path("runs/shapes-janus"),
             backbone=BackboneOptions(family="janus", weights="shapes-janus"),
             method=_LIGHT_DRAFTS,
             tuning="lora",
@@ -98,7 +102,7 @@ def _shapes_recipes() -> Recipes:
         "shapes-janus-small-data": (
             "the small-data recipe on the offline tiny Janus, for your own pictures at 64 px on "
             "two cores",
-            small_data(own_pictures, "shapes-janus-small-data"),
+            small_data(own_pictures),
         ),
         "shapes-janus-control": (
             f"{tiny}: LoRA and image layers, fine-tuned as usual",

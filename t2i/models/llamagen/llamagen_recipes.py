@@ -7,7 +7,6 @@ usual ones for LoRA, the others a tenth of those in pre-training.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 from t2i.tensorar import presets
 from t2i.tensorar.method import TensorARConfig
@@ -25,6 +24,7 @@ from t2i.training.recipes import (
     bf16,
     class_shapes,
     imagenet,
+    in_own_folders,
     on_two_cores,
     small_data,
 )
@@ -78,7 +78,7 @@ def text_recipes() -> Recipes:
         found[f"shapes-{end}"] = (f"{shapes}, {words}", _shapes(method, codec_lr))
     found["shapes-small-data"] = (
         "the small-data recipe on the offline base, for your own pictures at 64 px on two cores",
-        small_data(own_shapes, "shapes-small-data"),
+        small_data(own_shapes),
     )
     for end, (method, words) in METHODS.items():
         found[f"t2i-xl-256-{end}"] = (f"{xl}, {words}", _llamagen_t2i(method))
@@ -88,16 +88,15 @@ def text_recipes() -> Recipes:
     )
     found["t2i-xl-256-small-data"] = (
         f"{xl}, a few thousand pictures on one GPU: LoRA, own drafts",
-        small_data(_llamagen_t2i(presets.tuned()), "llamagen-small-data"),
+        small_data(_llamagen_t2i(presets.tuned())),
     )
-    return found
+    return in_own_folders(found)
 
 
 def _shapes(method: TensorARConfig, codec_lr: float = 1e-3) -> TrainConfig:
     """The shipped base on the offline world; all methods get the same backbone learning rate."""
     return on_two_cores(
         TrainConfig(
-            run_dir=Path("runs/shapes"),
             method=method,
             data=DataOptions(source="shapes", validation_samples=256),
             optim=OptimOptions(codec_lr=codec_lr, backbone_lr=1e-4, warmup_steps=20),
@@ -110,7 +109,6 @@ def _llamagen_t2i(
 ) -> TrainConfig:
     """LlamaGen GPT-XL, stage 1 (256 px), with the published recipe."""
     return TrainConfig(
-        run_dir=Path("runs/llamagen-t2i"),
         backbone=BackboneOptions(
             weights="peizesun/llamagen_t2i:t2i_XL_stage1_256.pt",
             tokenizer="peizesun/llamagen_t2i:vq_ds16_t2i.pt",
