@@ -3,9 +3,10 @@
 import logging
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from t2i.errors import UserError, nearest_path, no_folder
 from t2i.fields import read_object
@@ -165,6 +166,11 @@ def from_shipped_base(source: str | Path) -> bool:
     base = {"weights": str(source)}
     if is_checkpoint(source):
         base = read_config(find_checkpoint(source))["backbone"]
+    return names_shipped_base(base)
+
+
+def names_shipped_base(base: Mapping[str, Any]) -> bool:
+    """Whether the facts about a model's base, as checkpoints hold them, name a shipped one."""
     return any(base.get(name) in shipped_bases() for name in ("weights", "shipped_base"))
 
 

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from t2i.checkpoint_folders import from_shipped_base
+from t2i.checkpoint_folders import from_shipped_base, names_shipped_base
 from t2i.errors import UserError, shorten
 from t2i.evaluation.draw import PromptRequest, check_prompts, draw_prompts, prompts_digest
 from t2i.evaluation.evaluation_options import BenchmarkOptions, Scope
@@ -40,7 +40,7 @@ from t2i.files import owning, remove_leftovers, writable_folder
 from t2i.generation import all_jobs
 from t2i.processes import ALONE, Processes, join_processes
 from t2i.sampling import DrawOptions
-from t2i.sources import check_place, shipped_bases
+from t2i.sources import check_place
 from t2i.tensorar.model import TensorAR
 
 log = logging.getLogger(__name__)
@@ -283,5 +283,5 @@ def is_shapes_world(options: BenchmarkOptions) -> bool:
     """
     if options.images is None:
         return from_shipped_base(options.checkpoint or str(options.source))
-    base = (read_generation(options.images) or {}).get("about", {}).get("backbone", {})
-    return any(base.get(name) in shipped_bases() for name in ("weights", "shipped_base"))
+    about = (read_generation(options.images) or {}).get("about", {})
+    return names_shipped_base(about.get("backbone", {}))
