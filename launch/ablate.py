@@ -11,6 +11,7 @@ and over prompts).
     python launch/ablate.py --tiny            # checks in a few minutes on a CPU that it runs
 """
 
+import math
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,7 +45,7 @@ class Ablation:
     """Scenes to train on."""
     samples: int = 8
     """Images for each of 120 prompts."""
-    minutes: float = 1e9
+    minutes: float = math.inf
     """Start no further run after this many minutes."""
     at_once: int = 4
     """Runs that share the GPU at the same time."""

@@ -12,6 +12,7 @@ results are in OUT/results.jsonl are skipped.
 It also runs on a CPU, but slowly.
 """
 
+import math
 import sys
 import threading
 import time
@@ -71,7 +72,7 @@ class LongGrid:
     """Runs that share the GPU at the same time; on a CPU always one."""
     workers: int = 2
     """Processes that draw scenes and judge images; 0: do both in this process."""
-    minutes: float = 1e9
+    minutes: float = math.inf
     """Start no further run after this many minutes."""
     device: str = "auto"
     """auto, cpu or cuda."""
