@@ -196,11 +196,13 @@ def _unlike(
         raise UserError(
             "the control draws other codes: give a --control that was trained from the same base"
         )
-    steps = [options[who].about(models[who]).get("step") for who in ("model", "control")]
+    # A base, which was not trained here, has no number of steps.
+    steps = [options[who].about(models[who]).get("step", 0) for who in ("model", "control")]
     if steps[0] != steps[1]:
+        mine, its = ("an unknown number" if n is None else n for n in steps)
         yield (
-            "a control trained for the same steps: the model has "
-            f"{steps[0]} steps, the control {steps[1]}"
+            f"a control trained for as many steps: the model was trained for {mine}, the control "
+            f"for {its}"
         )
 
 

@@ -208,6 +208,17 @@ def test_metrics_that_cannot_be_read_are_listed_as_missing(tmp_path):
     assert missing == [f"training curves of the model: no line of {tmp_path / METRICS} can be read"]
 
 
+@pytest.mark.parametrize("about, said", [({}, "0"), ({"step": None}, "an unknown number")])
+def test_a_control_trained_for_other_steps_is_told_by_its_number(about, said):
+    """A base as the control was said to have "None" steps."""
+    spec = SimpleNamespace(family="llamagen", subvocabs=(8,), grid=(2, 2), cond_kind="text")
+    model = SimpleNamespace(backbone=SimpleNamespace(spec=spec))
+    asked = {"model": {"step": 6}, "control": about}
+    options = {who: SimpleNamespace(about=lambda _, it=it: it) for who, it in asked.items()}
+    (line,) = run._unlike(options, dict.fromkeys(asked, model))
+    assert line.endswith(f"the model was trained for 6, the control for {said}")
+
+
 def test_bad_options_are_refused(refusal, plain, tmp_path, monkeypatch):
     assert "no model: give --ckpt" in refusal()
     few = ("--ckpt", plain, "--prompt", "x", "--held-out", "0", "--out", tmp_path / "a")
