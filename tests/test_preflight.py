@@ -18,14 +18,12 @@ from t2i.errors import UserError
 from t2i.models.base import LoadOptions
 from t2i.models.families import find_family
 from t2i.rehearsal.rehearsal_report import predictions
-from t2i.tensorar import codec
 from t2i.training.check import check
 from t2i.training.config import DataOptions, TrainConfig
 from t2i.training.engine import deepspeed_config
 from t2i.training.loop import train
-from t2i.training.memory import _condition, estimate
+from t2i.training.memory import estimate
 from t2i.training.start import build_model
-from t2i.training.training_run import Run
 
 
 def test_a_warning_means_not_ready(tiny_world, tmp_path):
@@ -245,108 +243,6 @@ def test_expected_shapes_of_janus(no_files):
         small = janus.outline("deepseek-ai/Janus-Pro-1B", LoadOptions(grid=(8, 6)))
         assert janus.outline("someone/janus-of-mine") is None
     assert (small.spec.dim, small.spec.grid) == (2048, (8, 6))
-
-
-# -- memory ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_activations_match_what_autograd_keeps(tiny_world, tuning, monkeypatch):
-    monkeypatch.setattr(codec, "_attend_shared", codec._attend)  # as on a GPU
-    config = tiny_run(tiny_world, "-", tuning=tuning)
-    counted = estimate(build_model(config, device="meta"), config, world_size=1)
-    model = build_model(config).train()
-    batch, spec, kept = config.engine.micro_batch, model.backbone.spec, {}
-    weights = {p.data_ptr() for p in model.parameters()}
-
-    def keep(tensor):
-        if tensor.data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    codes = torch.zeros(batch, spec.num_tokens, 1, dtype=torch.long)
-    prefix = torch.zeros(batch, spec.prefix_tokens, spec.dim, requires_grad=True)
-    condition = replace(
-        _condition(build_model(config, device="meta").backbone, batch),
-        prefix=prefix,
-        mask=torch.ones(batch, spec.prefix_tokens, dtype=torch.bool),
-    )
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(codes, condition, model.windows.gather(codes))
-    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert counted.kept == pytest.approx(real, rel=0.1)
-
-
-def test_a_step_of_all_weights_at_real_size():
-    """Measured on a CPU beyond an empty process, in a step with optimizer moments: RAR-B, full,
-    ZeRO-2, bf16, micro-batch 1: 7.2 GB; LlamaGen-L with its frozen parts in fp32: 11.3 and 12.3 GB.
-    """
-    config = ALL["rar-b"]
-    engine, data = replace(config.engine, micro_batch=1), replace(config.data, views="flip")
-    config = replace(config, engine=engine, data=data, batch_size=1)
-    model = build_model(config, device="meta")
-    cost = estimate(model, config, world_size=1, samples=4, gpu=False)
-    assert cost.total / 1.1 == pytest.approx(7.2e9, rel=0.15)
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_zero_trains_a_copy_of_fp32_weights_too(tiny_world, stage):
-    """The estimate for fp32 used to leave it out: 0.36 GB for Janus-Pro-1B with LoRA, 3.1 GB for XL
-    with all weights.
-    """
-    config = tiny_run(tiny_world, f"copy-{stage}", engine__zero_stage=stage)
-    run = Run(config)
-    own = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
-    updated = [p for group in run.engine.optimizer.param_groups for p in group["params"]]
-    copied = sum(p.numel() for p in updated if p.untyped_storage().data_ptr() not in own)
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    assert copied == pytest.approx(trained if stage else 0, rel=1e-3), "up to padding for alignment"
-    counted = estimate(build_model(config, device="meta"), config, world_size=1).state
-    total = sum(p.numel() for p in run.model.parameters())
-    assert counted == pytest.approx(4 * total + (4 + 8) * trained + 4 * copied, rel=1e-3)
-
-
-def test_zero_gathers_gradients(tiny_world):
-    def bucket(gpu: bool, **changes) -> float:
-        config = tiny_run(tiny_world, "-", **changes)
-        return estimate(build_model(config, device="meta"), config, world_size=1, gpu=gpu).bucket
-
-    small = bucket(True)
-    assert 0 < small < 4e6 and small % 4 == 0
-    assert bucket(True, engine__zero_stage=2) == 4 * 500_000_000
-    assert bucket(False, engine__zero_stage=2) == small, (
-        "on a CPU only memory that is written to counts"
-    )
-    for stage in (1, 2):  # in bf16, and in ZeRO-1's fp32
-        assert bucket(False, engine__zero_stage=stage, engine__precision="bf16") == small
-    assert bucket(False, engine__zero_stage=3) == 3 * small, (
-        "gradients, and weights that it keeps gathered"
-    )
-
-
-def test_settings_that_change_memory(tiny_world):
-    def cost(**changes):
-        config = tiny_run(tiny_world, "-", **changes)
-        return estimate(build_model(config, device="meta"), config, world_size=1)
-
-    plain = cost()
-    assert cost(engine__gradient_checkpointing=True).kept < plain.kept
-    assert cost(engine__gradient_checkpointing=True).flops > plain.flops
-    assert cost(engine__codec_checkpointing=True).kept < 0.9 * plain.kept
-    assert cost(engine__compile=True) == plain
-    assert cost(engine__micro_batch=8).kept == pytest.approx(2 * plain.kept, rel=0.05)
-    assert cost(method__k=8).passing > 2 * plain.passing
-    assert cost(method__own_drafts=1.0).flops == pytest.approx(4 / 3 * plain.flops)
-    assert cost(tuning="lora").state < plain.state
-
-
-def test_work_counts_gradients_of_trained_weights_alone(tiny_world):
-    """A backward pass has one product for the inputs' gradients and one for the weights'."""
-    config = tiny_run(tiny_world, "-", tuning="lora")
-    model = build_model(config, device="meta")
-    frozen, trained = (
-        estimate(model, replace(config, tuning=tuning), world_size=1).flops
-        for tuning in ("lora", "full")
-    )
-    assert frozen == pytest.approx(2 / 3 * trained)
 
 
 def test_the_report_says_whether_a_rate_falls(tiny_world):

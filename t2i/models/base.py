@@ -10,7 +10,7 @@ vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 MOST_LAYERS, MOST_SIZE = 1000, 1 << 20
 """Upper limits of a model's layers and other sizes. Larger numbers, as of a damaged or edited file,
 would fill memory, or build layers without end.
+"""
+PIXELS_AT_ONCE = 4 * 384**2
+"""How many pixels an image tokenizer encodes or decodes per call: enough to keep a GPU busy. At
+full resolution, a published tokenizer's feature maps take 2 kB per pixel.
 """
 
 
@@ -111,6 +115,19 @@ class LoadOptions:
 
 
 AS_PUBLISHED = LoadOptions()
+
+
+def in_parts(work: Callable[[Tensor], Tensor], rows: Tensor, most: int) -> Tensor:
+    """`work(rows)`, computed for at most `most` rows at a time.
+
+    All parts have the same number of rows (the last one is padded), since rounding depends on it.
+    """
+    if len(rows) <= most:
+        return work(rows)
+    parts = -(-len(rows) // most)
+    size = -(-len(rows) // parts)
+    padding = rows[-1:].expand(parts * size - len(rows), *rows.shape[1:])
+    return torch.cat([work(part) for part in torch.cat([rows, padding]).split(size)])[: len(rows)]
 
 
 def parameter_count(module: nn.Module) -> str:
@@ -344,6 +361,12 @@ class Backbone(nn.Module, ABC):
         (rows, columns), side = self.spec.grid, self.tokenizer.downsample
         return rows * side, columns * side
 
+    @property
+    def images_at_once(self) -> int:
+        """How many images the tokenizer encodes or decodes per call."""
+        height, width = self.image_size
+        return max(1, PIXELS_AT_ONCE // (height * width))
+
     def decode_images(self, codes: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Images uint8 [B, H, W, 3] of codes [B, T, S], rounded as the family's authors do.
 
@@ -351,10 +374,14 @@ class Backbone(nn.Module, ABC):
         clamping, by bicubic interpolation without antialiasing. This is how LlamaGen's 384 px
         images become the 256 px images of its FID (`sample_c2i_ddp.py`).
         """
-        pixels = self.decode_pixels(codes)
-        if size is not None and size != tuple(pixels.shape[-2:]):
-            pixels = F.interpolate(pixels, size=size, mode="bicubic")
-        return self.quantize_pixels(pixels).permute(0, 2, 3, 1)
+
+        def work(codes: Tensor) -> Tensor:
+            pixels = self.decode_pixels(codes)
+            if size is not None and size != tuple(pixels.shape[-2:]):
+                pixels = F.interpolate(pixels, size=size, mode="bicubic")
+            return self.quantize_pixels(pixels).permute(0, 2, 3, 1)
+
+        return in_parts(work, codes, self.images_at_once)
 
     def decode_pixels(self, codes: Tensor) -> Tensor:
         """Pixels fp32 [B, 3, H, W] of codes [B, T, S], nominally in [-1, 1]; by default S = 1."""

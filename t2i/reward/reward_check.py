@@ -11,7 +11,7 @@ from t2i.reward.reward_prompts import PromptPool, training_prompts
 from t2i.reward.rewards import check_judges, judging, own_function
 from t2i.tensorar.model import TensorAR
 from t2i.training import check as training_check
-from t2i.training.memory import prompt_length, weight_bytes
+from t2i.training.memory import cache_bytes, weight_bytes
 from t2i.training.run_plan import Plan
 from t2i.training.start import check_start
 from t2i.training.state import trained
@@ -78,9 +78,7 @@ def _beside(config: RewardConfig, model: TensorAR, world_size: int) -> tuple[flo
     `model` is on the meta device, in the type it computes in.
     """
     options = config.reward
-    rows = _images_at_once(config, world_size) * (1 + (options.cfg_scale != 1))
-    cache = model.backbone.new_cache(rows, prompt_length(model.backbone) + model.windows.count - 1)
-    held = sum(t.nbytes for t in (*cache.keys, *cache.values))
+    held = cache_bytes(model, options.sampling, _images_at_once(config, world_size))
     start = weight_bytes(config) * sum(
         p.numel() for name, p in trained(model).items() if "lora_" not in name
     )

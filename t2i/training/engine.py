@@ -27,6 +27,9 @@ from t2i.tensorar.speed import compiler_lacks
 from t2i.training.batches import Batch
 from t2i.training.config import TrainConfig
 
+_BUCKET = 5 * 10**8
+"""DeepSpeed's default for reduce_bucket_size."""
+
 
 def start_processes() -> Processes:
     """Join the process group that the launcher describes, or run as the only process.
@@ -91,6 +94,13 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+def bucket_size(zero: dict, trained: int) -> int:
+    """How many gradients DeepSpeed collects before it reduces them, given "zero_optimization" and
+    the number of trained parameters. It allocates whole buckets, so a bucket is never larger.
+    """
+    return zero.get("reduce_bucket_size", min(_BUCKET, trained))
 
 
 def _zero_settings(path: Path, stage: int) -> dict:
@@ -236,10 +246,14 @@ def start_engine(model: TensorAR, config: TrainConfig, processes: Processes, los
     model.backbone.sharded = config.engine.zero_stage == 3
     groups = parameter_groups(model, config)
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
+    settings = deepspeed_config(config, processes.world_size)
+    zero = settings["zero_optimization"]
+    trained = sum(p.numel() for group in groups for p in group["params"])
+    zero["reduce_bucket_size"] = bucket_size(zero, trained)
     engine, *_ = deepspeed.initialize(
         model=loss,
         optimizer=optimizer,
-        config=deepspeed_config(config, processes.world_size),
+        config=settings,
         dist_init_required=False,
     )
     return engine

@@ -18,7 +18,7 @@ from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
 from t2i.data.store import CodeStore
 from t2i.errors import UserError
 from t2i.loading import tokenizer_hash
-from t2i.models.base import Backbone
+from t2i.models.base import Backbone, in_parts
 from t2i.processes import Processes
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.open_data import open_data, open_labelled
@@ -26,7 +26,7 @@ from t2i.training.open_data import open_data, open_labelled
 log = logging.getLogger(__name__)
 
 IMAGES_PER_SHARD = 1024
-_AT_ONCE = {DataOptions: 32, LabelledOptions: 64}  # views per call of the image tokenizer
+_AT_ONCE = {DataOptions: 32, LabelledOptions: 64}  # views that are loaded together
 _LINES_PER_SHARD = 8192  # for pretokenized codes, one view each
 
 
@@ -75,7 +75,9 @@ def _encoding(
 
     def encode_images(pixels: Tensor) -> Tensor:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 changes codes
-            codes = backbone.encode_images(pixels.to(backbone.device)).cpu()
+            codes = in_parts(
+                backbone.encode_images, pixels.to(backbone.device), backbone.images_at_once
+            ).cpu()
         backbone.spec.check_codes(codes)
         return codes
 
@@ -109,11 +111,14 @@ def views_of(options: DataOptions | LabelledOptions) -> Views:
     return Views(options.views, options.crop_ranges)
 
 
-def encoded_at_once(options: DataOptions | LabelledOptions, samples: int | None) -> int:
+def encoded_at_once(
+    backbone: Backbone, options: DataOptions | LabelledOptions, samples: int | None
+) -> int:
     """Views per call of the image tokenizer; samples: of the whole data set, None if unknown."""
     views, most = views_of(options).count, _AT_ONCE[type(options)]
     whole = max(1, most // views) * views
-    return whole if samples is None else min(whole, views * samples)
+    loaded = whole if samples is None else min(whole, views * samples)
+    return min(loaded, backbone.images_at_once)
 
 
 def _warn_of_skipped(store: CodeStore) -> None:

@@ -18,10 +18,11 @@ from t2i.models.base import Backbone
 from t2i.models.conditions import Condition
 from t2i.models.families import find_family
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
+from t2i.sampling import SamplingConfig
 from t2i.tensorar.loss import rows_at_once
 from t2i.tensorar.model import TensorAR
 from t2i.training.config import TrainConfig
-from t2i.training.engine import deepspeed_config
+from t2i.training.engine import bucket_size, deepspeed_config
 from t2i.training.examples import encoded_at_once
 
 _PROMPT_TOKENS = 128
@@ -29,10 +30,12 @@ _PROMPT_TOKENS = 128
 _WIDE_MAPS = (4, 6)
 """How many of the tokenizer's widest feature maps exist at once on a GPU and on a CPU (where
 convolutions convert their input and output)."""
-_BUCKET = 5 * 10**8
-"""DeepSpeed's default reduce_bucket_size, in numbers (not bytes)."""
 _LIVE = 10**9
 """DeepSpeed's default stage3_max_live_parameters: how many gathered parameters are not released."""
+SHEET_PROMPTS, SHEET_IMAGES = 4, 2
+"""How many held-out samples make up a sample sheet without prompts; images of each prompt."""
+_SHEET_CACHE = 3e9
+"""Bytes of cache that drawing a sheet may take, where one image takes no more."""
 FLOPS = 1e14
 """Assumed floating-point operations per second: a third of an A100's peak in bf16."""
 
@@ -55,6 +58,8 @@ class Cost:
     """Temporary memory of the optimizer's step, when the pass has been freed."""
     encoding: float
     """Weights, frozen parts and feature maps while data are encoded, before training."""
+    drawing: float
+    """What drawing a sample sheet takes beside the state."""
     flops: float
     """Floating-point operations per sample of a training step, without those of attention."""
     beside: float = 0
@@ -63,7 +68,7 @@ class Cost:
     @property
     def total(self) -> float:
         """The peak, plus a tenth for the allocator and the libraries."""
-        moment = max(self.bucket + self.kept + self.passing, self.stepping)
+        moment = max(self.bucket + max(self.kept + self.passing, self.drawing), self.stepping)
         return 1.1 * max(self.state + self.frozen + self.beside + moment, self.encoding)
 
 
@@ -135,10 +140,18 @@ def estimate(
     weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
     height, width = model.backbone.image_size
     widest = 4 * _tokenizer(model.backbone).config.channels * height * width  # a feature map
-    images = encoded_at_once(config.data, samples)
-    encoding = weights + frozen + _WIDE_MAPS[not gpu] * images * widest
+    maps = _WIDE_MAPS[not gpu] * widest
+    encoding = weights + frozen + maps * encoded_at_once(model.backbone, config.data, samples)
+    drawing = 0.0
+    if config.log.sample_every != 0:
+        prompts = len(config.log.prompts) or SHEET_PROMPTS
+        images = sheet_images(model, prompts)
+        decoding = maps * min(images, model.backbone.images_at_once)
+        drawing = max(cache_bytes(model, model.sampling, images), decoding)
+        if config.engine.zero_stage == 3:  # the checkpoint draws
+            drawing += weights + frozen
     flops = passes * forward / config.engine.micro_batch
-    return Cost(state, bucket, frozen, kept, passing, stepping, encoding, flops)
+    return Cost(state, bucket, frozen, kept, passing, stepping, encoding, drawing, flops)
 
 
 def _optimizer_bytes(
@@ -155,7 +168,7 @@ def _optimizer_bytes(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     settings = deepspeed_config(config, world_size)["zero_optimization"]
-    bucket = settings.get("reduce_bucket_size", _BUCKET)
+    bucket = bucket_size(settings, trained)
     waiting = min(bucket, trained)  # gradients, until a bucket is full
     # On a GPU a bucket is allocated in full; on a CPU only memory that is written to counts.
     buffers = (2 if settings.get("overlap_comm") else 1) * (bucket if gpu and stage else waiting)
@@ -166,6 +179,23 @@ def _optimizer_bytes(
     elif stage == 2 and width == 2:  # fp32 gradients are the state's own
         backward += waiting * width
     return backward, 4 * trained / world_size if stage and width == 4 else 0
+
+
+def cache_bytes(model: TensorAR, sampling: SamplingConfig, images: int) -> int:
+    """Bytes of the cache of keys and values while this many images are drawn at once."""
+    guided = any(
+        own.cfg_scale != 1 for own in sampling.by_sub_token(len(model.backbone.spec.subvocabs))
+    )
+    length = prompt_length(model.backbone) + model.windows.count - 1
+    one = model.backbone.new_cache(1, 1)  # one entry more than its length
+    entry = sum(t.nbytes for t in (*one.keys, *one.values)) // 2
+    return images * (1 + guided) * (length + 1) * entry
+
+
+def sheet_images(model: TensorAR, prompts: int) -> int:
+    """How many images of a sample sheet are drawn at once: all, if their cache is small enough."""
+    each = cache_bytes(model, model.sampling, 1)
+    return max(1, min(SHEET_IMAGES * prompts, int(_SHEET_CACHE / each)))
 
 
 def _tokenizer(backbone: Backbone) -> ConvTokenizer:

@@ -11,7 +11,16 @@ from t2i.training.config import TrainConfig
 from t2i.training.memory import FLOPS, Cost, estimate, logit_bytes, state_bytes, weight_bytes
 from t2i.training.run_plan import Plan, about_window
 
-_CARDS = (24, 40, 80)  # GB of memory of common cards, to compare with if this machine has none
+_CARDS = (
+    8,
+    12,
+    16,
+    24,
+    32,
+    40,
+    48,
+    80,
+)  # GB of memory of common cards, to compare with if this machine has none
 
 
 def size_report(
@@ -87,6 +96,7 @@ def _cost_lines(cost: Cost, logits: str) -> list[str]:
         "temporary tensors": f"{readable_size(cost.passing)} ({logits} of logits, fp32, in it)",
         "or during the optimizer step": readable_size(cost.stepping),
         **({"beside the model, see drawing": readable_size(cost.beside)} if cost.beside else {}),
+        "or while a sample sheet is drawn": readable_size(cost.drawing),
         "while images are encoded": f"{readable_size(cost.encoding)}, before there is an optimizer",
         "peak, plus 10 %": f"{readable_size(cost.total)} (computed from shapes, not measured)",
     }
@@ -108,8 +118,7 @@ def _fits(cost: Cost) -> tuple[str, list[str]]:
             "choose a higher --engine.zero-stage on more GPUs, or a smaller model"
         )
         return f"does not fit this machine's {name} ({readable_size(size)})", [warning]
-    fitting = [f"{size} GB" for size in _CARDS if cost.total <= size * 1e9]
-    if fitting:
-        return f"fits cards of {', '.join(fitting)} (this machine has none)", []
-    what = f"fits no card of {', '.join(map(str, _CARDS))} GB"
+    if fitting := [size for size in _CARDS if cost.total <= size * 1e9]:
+        return f"fits a card of {fitting[0]} GB (this machine has none)", []
+    what = f"fits no card of {_CARDS[-1]} GB"
     return what, [f"{what}: needs {need}; more GPUs and --engine.zero-stage 3 share it"]

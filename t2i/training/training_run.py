@@ -41,6 +41,7 @@ from t2i.training.engine import (
     whole_weights,
 )
 from t2i.training.logs import MetricsLog
+from t2i.training.memory import SHEET_IMAGES, SHEET_PROMPTS, sheet_images
 from t2i.training.run_page import refresh_run_page
 from t2i.training.run_plan import about_settings
 from t2i.training.settings import plain
@@ -75,7 +76,7 @@ class Run:
         self._place_helpers()
         self.data = TrainingData(config, self.model.backbone, processes, source)
         self.plan = self.data.plan
-        self.prompts = prompts or self.data.held_out_conditions(4)
+        self.prompts = prompts or self.data.held_out_conditions(SHEET_PROMPTS)
         self.step, state = 0, None
         if checkpoint is not None:
             state = run_state.resumed_state(self.model, config, checkpoint, self.data)
@@ -253,9 +254,11 @@ class Run:
         """Draw the fixed prompts with the fixed seed, one row each."""
         prompts, model = self.prompts, self._whole_model().eval()
         # Eager, since the faster ways keep memory between sheets.
-        drawing = DrawOptions(batch_size=2 * len(prompts), speed="eager")
+        drawing = DrawOptions(batch_size=sheet_images(model, len(prompts)), speed="eager")
         with self.averaged():
-            drawn = draw_images(model, prompts, drawing, samples_per_prompt=2, progress=False)
+            drawn = draw_images(
+                model, prompts, drawing, samples_per_prompt=SHEET_IMAGES, progress=False
+            )
             images = [one.image for one in drawn]
         labels = [text for prompt in prompts for text in (str(prompt), "")]
         with saving(self.sheet_path()):
