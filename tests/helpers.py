@@ -192,7 +192,9 @@ def check_uint8_rule(backbone: Backbone) -> None:
     """
     table = golden_table("uint8_rules.json")
     x = torch.tensor(table["x"])
-    backbone.frozen.tokenizer = SimpleNamespace(decode=lambda codes: x.expand(1, 3, 1, -1))
+    backbone.frozen.tokenizer = SimpleNamespace(
+        decode=lambda codes: x.expand(1, 3, 1, -1), downsample=1
+    )
     codes = torch.zeros(1, 1, len(backbone.spec.subvocabs), dtype=torch.long)
     pixels = backbone.decode_images(codes)[0, 0].int()
     off = pixels - torch.tensor(table[backbone.spec.family])[:, None]

@@ -209,6 +209,8 @@ def backbone_around(codes, bits) -> OpenMAGVIT2:
     """
 
     class Tokenizer:
+        downsample = 1
+
         def encode(self, _):
             return codes
 
