@@ -3,6 +3,7 @@ keep large models on small cards.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from t2i.models import base
 from t2i.tensorar import codec, sampler
 from t2i.training import memory
 from t2i.training.memory import _condition, cache_bytes, estimate, sheet_images
+from t2i.training.size_report import _fits
 from t2i.training.start import build_model
 from t2i.training.training_run import Run
 
@@ -202,7 +204,7 @@ def test_sheets_are_drawn_in_parts_if_their_cache_is_large(tiny_world, monkeypat
     assert sheet_images(run.model, prompts) == 1
 
 
-def test_sheets_are_part_of_the_estimate(tiny_world):
+def test_sheets_are_part_of_the_estimate(tiny_world, monkeypatch):
     def cost(**changes):
         config = tiny_run(tiny_world, "-", **changes)
         return estimate(build_model(config, device="meta"), config, world_size=1)
@@ -210,5 +212,12 @@ def test_sheets_are_part_of_the_estimate(tiny_world):
     assert cost(log__sample_every=0).drawing == 0 < cost(log__sample_every=1).drawing
     drawn = replace(cost(), drawing=1e12)
     assert drawn.total > 1.1e12
+    card = SimpleNamespace(name="a card", total_memory=1e12)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert "draw no sample sheets (--log.sample-every 0: " in _fits(drawn)[1][0]
+    assert "sheets" not in _fits(replace(drawn, kept=1e12))[1][0], "that would not be enough"
+    monkeypatch.undo()
     whole = cost(log__sample_every=1, engine__zero_stage=3)  # a second model
     assert whole.drawing > cost(log__sample_every=1).drawing + 1e5

@@ -113,9 +113,12 @@ def _fits(cost: Cost) -> tuple[str, list[str]]:
         name, size = card.name, card.total_memory
         if cost.total <= size:
             return f"fits this machine's {name} ({readable_size(size)})", []
+        without = replace(cost, drawing=0).total
+        sheets = f"draw no sample sheets (--log.sample-every 0: {readable_size(without)}), "
         warning = (
-            f"needs {need}, this machine's {name} has {readable_size(size)}: lower --engine.micro-batch, "
-            "choose a higher --engine.zero-stage on more GPUs, or a smaller model"
+            f"needs {need}, this machine's {name} has {readable_size(size)}: "
+            f"{sheets if without <= size else ''}lower --engine.micro-batch, choose a higher "
+            "--engine.zero-stage on more GPUs, or a smaller model"
         )
         return f"does not fit this machine's {name} ({readable_size(size)})", [warning]
     if fitting := [size for size in _CARDS if cost.total <= size * 1e9]:
