@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import struct
 from dataclasses import replace
 from functools import partial
@@ -13,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import tiny_llamagen
 from PIL import Image
 
+import t2i
 from dpg_bench.dpg_benchmark import by_prompt as by_question
 from geneval.summary import by_prompt
 from t2i.errors import UserError
+from t2i.evaluation import runner
 from t2i.evaluation.bootstrap import mean_over_prompts, paired_differences
 from t2i.evaluation.evaluation_options import BenchmarkOptions, Scope
 from t2i.evaluation.gallery import Card
@@ -449,6 +453,24 @@ def test_only_comparable_folders_are_compared(images, tmp_path):
     for other in (by_prompt, by_question):
         with pytest.raises(UserError, match="hold results of Bright: compare them with its prog"):
             compare_folders(tmp_path / "a", tmp_path / "a", other)
+
+
+def test_a_model_frees_what_it_holds_before_images_are_judged(images, tmp_path, monkeypatch):
+    """Recorded steps keep the cache of a batch, which can be gigabytes, and judges need memory."""
+    model, held = t2i.attach(tiny_llamagen("text"), t2i.presets.base()), []
+
+    def draw(request, jobs, folder, processes):
+        shutil.copytree(images, folder, dirs_exist_ok=True)
+        request.model.held.fetch("a batch", lambda: "graphs")
+
+    class Watching(Bright):
+        def judge(self, *asked):
+            held.append(model.held.content)
+            return super().judge(*asked)
+
+    monkeypatch.setattr(runner, "draw_prompts", draw)
+    evaluate(Watching(), tmp_path / "out", model=model, scope=SCOPE)
+    assert held == [None] * 8
 
 
 @pytest.mark.parametrize("lost", ["first", "last", "all"])

@@ -118,6 +118,7 @@ def evaluate(
         processes.on_main(lambda: claim_output(out, folder))
         jobs = all_jobs(selected, scope.samples)
         draw_prompts(PromptRequest(model, entries, draw or DrawOptions()), jobs, folder, processes)
+        model.held.clear()  # the judge needs the memory
 
     def check() -> None:
         found = check_images(folder, entries, scope, out)
