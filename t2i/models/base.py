@@ -36,8 +36,8 @@ MOST_LAYERS, MOST_SIZE = 1000, 1 << 20
 would fill memory, or build layers without end.
 """
 PIXELS_AT_ONCE = 4 * 384**2
-"""How many pixels an image tokenizer encodes or decodes per call: enough to keep a GPU busy. At
-full resolution, a published tokenizer's feature maps take 2 kB per pixel.
+"""How many pixels an image tokenizer encodes or decodes per call. For each of them, the four widest
+feature maps of a published one, which exist at the same time, take 2 kB.
 """
 
 

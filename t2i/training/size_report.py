@@ -11,16 +11,8 @@ from t2i.training.config import TrainConfig
 from t2i.training.memory import FLOPS, Cost, estimate, logit_bytes, state_bytes, weight_bytes
 from t2i.training.run_plan import Plan, about_window
 
-_CARDS = (
-    8,
-    12,
-    16,
-    24,
-    32,
-    40,
-    48,
-    80,
-)  # GB of memory of common cards, to compare with if this machine has none
+# GB of memory of common cards, to compare with if this machine has none.
+_CARDS = (8, 12, 16, 24, 32, 40, 48, 80)
 
 
 def size_report(
