@@ -3,7 +3,7 @@
 import ast
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -161,6 +161,12 @@ def given_options(options: "DataclassInstance") -> list[str]:
         inner = given_options(value) if nested else []
         found += [f"{own.name}.{name}" for name in inner] or [own.name]
     return found
+
+
+def told_options(options: "DataclassInstance", names: Collection[str], part: str) -> str:
+    """Those of these options that differ from their defaults, for a message: "data.split=val"."""
+    given = [name for name in given_options(options) if name in names]
+    return ", ".join(f"{part}{name}={getattr(options, name)}" for name in given)
 
 
 def all_optional(settings: type) -> Callable[[type[C]], type[C]]:
