@@ -17,7 +17,7 @@ with GenEval's rules and an exact detector, and writes to --out:
 
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if not __package__:  # run from a clone, without installation
@@ -25,6 +25,7 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.errors import UserError, choose_one
+from t2i.fields import plain
 from t2i.sampling import check_counts, check_seed
 from t2i.training.config import DataOptions
 from t2i.training.recipes import recipes_for
@@ -108,8 +109,7 @@ def compare(config: Quickstart) -> None:
     print(f"[3/3] judging {len(metadata)} prompts x {config.samples} images of each model")
     scores = {name: scores_of(model, name, metadata, config) for name, model in models.items()}
     write_comparison(models, config)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    content = {"settings": settings, "scores": scores, "held_out_losses": losses}
+    content = {"settings": plain(config), "scores": scores, "held_out_losses": losses}
     write_json(config.out / "results.json", content)
     print(table(scores, losses))
     print(

@@ -2,9 +2,10 @@
 
 import ast
 import inspect
+import json
 import operator
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass, replace
+from dataclasses import MISSING, asdict, field, fields, is_dataclass, make_dataclass, replace
 from functools import cache
 from itertools import pairwise
 from numbers import Integral, Real
@@ -137,6 +138,11 @@ def _fits(value: object, hint: object) -> bool:
         return number and not isinstance(value, bool) and value == value
     kind = origin or hint
     return isinstance(kind, type) and isinstance(value, kind)
+
+
+def plain(settings: "DataclassInstance") -> dict:
+    """The settings as plain JSON values."""
+    return json.loads(json.dumps(asdict(settings), default=str))
 
 
 def leaves(settings: Mapping, part: str = "") -> dict[str, object]:

@@ -19,7 +19,7 @@ from t2i.data.order import split_indices
 from t2i.data.samples import OTHER_SPLIT, Source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
 from t2i.errors import UserError, shorten
-from t2i.fields import leaves
+from t2i.fields import leaves, plain
 from t2i.generation import parse_conditions
 from t2i.models.base import Backbone
 from t2i.models.families import find_family
@@ -37,7 +37,7 @@ from t2i.training.open_data import labelled_sources, open_data, open_labelled, r
 from t2i.training.run_plan import Plan, about_few_pictures, about_settings, peak_rates, plan_run
 from t2i.training.run_state import check_resumable, claim_run_dir, steps_done
 from t2i.training.scale import checkpoint_bytes
-from t2i.training.settings import plain, settings_of
+from t2i.training.settings import settings_of
 from t2i.training.size_report import size_report
 from t2i.training.start import build_model
 from t2i.training.trigger_words import refuse_lost_words

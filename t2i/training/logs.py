@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from t2i.errors import UserError
+from t2i.fields import plain
 from t2i.files import reading, saving, text_sha256, write_text
 from t2i.training.config import METRICS, TrainConfig
-from t2i.training.settings import plain
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +91,8 @@ def _start_tracker(
 
         path = str(run_dir.resolve())
         run_id = f"{run_dir.name}-{text_sha256(path)[:8]}"
-        settings = plain(config)
         run = wandb.init(
-            project=config.log.project, dir=path, config=settings, resume="allow", id=run_id
+            project=config.log.project, dir=path, config=plain(config), resume="allow", id=run_id
         )
         return lambda step, values: run.log(values, step=step)
     return None

@@ -29,7 +29,7 @@ from t2i.checkpoint_folders import (
     step_folders,
 )
 from t2i.errors import UserError
-from t2i.fields import read_object
+from t2i.fields import plain, read_object
 from t2i.files import PARTIAL, REPLACED, owning, read_json, saving, settle_folder, writable_folder
 from t2i.manifest import TRAINING_STATE, refuse_in_checkpoint
 from t2i.processes import Processes
@@ -39,13 +39,7 @@ from t2i.training.batches import TrainingData
 from t2i.training.config import METRICS, TrainConfig
 from t2i.training.engine import whole_weights
 from t2i.training.run_plan import least_held_out
-from t2i.training.settings import (
-    check_settings,
-    plain,
-    refuse_different,
-    state_facts,
-    warn_of_rounding,
-)
+from t2i.training.settings import check_settings, refuse_different, state_facts, warn_of_rounding
 from t2i.training.state import StoredState, write_state
 
 log = logging.getLogger(__name__)

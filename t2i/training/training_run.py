@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from t2i.checkpoint import from_pretrained
 from t2i.checkpoint_folders import find_checkpoint
 from t2i.errors import NotFiniteError
+from t2i.fields import plain
 from t2i.files import saving, write_json
 from t2i.generation import draw_images
 from t2i.imaging import grid, save_png
@@ -43,7 +44,6 @@ from t2i.training.engine import (
 from t2i.training.logs import MetricsLog
 from t2i.training.run_page import refresh_run_page
 from t2i.training.run_plan import about_settings
-from t2i.training.settings import plain
 from t2i.training.start import build_model
 from t2i.training.validation import validate
 from t2i.training.watch import PeerWatch
