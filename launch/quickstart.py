@@ -92,10 +92,10 @@ def compare(config: Quickstart) -> None:
     started = time.time()
     written, kept = write_dataset(config.out / "data", config.images, seed=FINE_TUNING_SEED)
     print(f"[1/3] data set: {written} images drawn, {kept} already there")
-    base_options = run_config(config, config.control).backbone
+    control = run_config(config, config.control)
     backbone = load_backbone(
-        base_options.family,
-        base_options.weights,
+        control.backbone.family,
+        control.backbone.weights,
         device=start_processes().device,
         dtype="float32",
     )
@@ -103,7 +103,6 @@ def compare(config: Quickstart) -> None:
     for name in (config.control, *config.recipes):
         print(f"[2/3] fine-tuning: {name}")
         models[name] = fine_tuned(run_config(config, name))
-    control = run_config(config, config.control)
     losses = {name: held_out_losses(control, model) for name, model in models.items()}
     metadata = benchmark_prompts(config.seed, config.prompts_per_task)
     print(f"[3/3] judging {len(metadata)} prompts x {config.samples} images of each model")
