@@ -244,14 +244,11 @@ def _has_results(run_dir: Path) -> bool:
     return bool(run_checkpoints(run_dir)) or (run_dir / METRICS).exists()
 
 
-def _is_run(run_dir: Path) -> bool:
-    """Whether a run has begun in this folder."""
-    return _has_results(run_dir) or is_run(run_dir)
-
-
 def _refuse_foreign(run_dir: Path) -> None:
     """UserError if a run would overwrite or delete files that no run has written."""
-    paths = [] if _is_run(run_dir) else [run_dir / name for name in _OVERWRITTEN]
+    if _has_results(run_dir) or is_run(run_dir):
+        return
+    paths = (run_dir / name for name in _OVERWRITTEN)
     if found := [p.name for p in paths if p.is_file() or (p.is_dir() and any(p.iterdir()))]:
         raise UserError(
             f"{run_dir} holds {', '.join(found)}, which a run would overwrite or delete, and does "
