@@ -45,6 +45,7 @@ from t2i.training.logs import MetricsLog
 from t2i.training.run_page import refresh_run_page
 from t2i.training.run_plan import about_settings
 from t2i.training.start import build_model
+from t2i.training.state import trained
 from t2i.training.validation import validate
 from t2i.training.watch import PeerWatch
 
@@ -282,8 +283,7 @@ class Run:
     def check_weights(self) -> None:
         """NotFiniteError if a trained weight is not finite; every rank calls it before any use."""
         with whole_weights(self.model, self.config.engine.zero_stage):
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            finite = all(bool(p.isfinite().all()) for p in trained)
+            finite = all(bool(p.isfinite().all()) for p in trained(self.model).values())
         if self.processes.any(not finite):
             raise NotFiniteError(
                 f"weights are not finite after step {self.step}, so they are not saved; "
