@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class Checkpoints:
     Attributes:
         steps: number of steps of the whole run.
         data_key: identifies the data's content.
-        average: if given, the saved model has its weights.
+        average: the saved model has its weights, if there are any.
         facts: further facts about the run to store in checkpoints.
     """
 
@@ -65,7 +65,7 @@ class Checkpoints:
     processes: Processes
     steps: int
     data_key: str
-    average: Average | None
+    average: Average
     facts: dict
 
     def __post_init__(self):
@@ -84,11 +84,10 @@ class Checkpoints:
             NotFiniteError: the optimizer's state is not finite.
         """
         folder = self.folder(step)
-        average = {} if self.average is None else self.average.weights
 
         def write_training_state(partial: Path) -> None:
             state = partial / TRAINING_STATE
-            write_state(self.engine, self.model, average, state, self.processes)
+            write_state(self.engine, self.model, self.average.weights, state, self.processes)
 
         self._write(folder, {"step": step}, write_training_state)
         if self.processes.is_main:
@@ -124,7 +123,6 @@ class Checkpoints:
     ) -> None:
         """Write a whole checkpoint folder or none; `rest` writes the files that ranks share out."""
         config, processes = self.config, self.processes
-        average = nullcontext() if self.average is None else self.average.applied()
         training = {
             **facts,
             **self.facts,
@@ -147,7 +145,7 @@ class Checkpoints:
         # A failure in one process is raised by all, so that none waits for one that has ended.
         with ExitStack() as stack:
             partial = processes.on_main(lambda: stack.enter_context(new_checkpoint(folder)))
-            with average, whole_weights(self.model, config.engine.zero_stage):
+            with self.average.applied(), whole_weights(self.model, config.engine.zero_stage):
                 processes.on_main(write_weights)
             rest(partial)
             processes.on_main(stack.close)

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import reduce
 from operator import add
@@ -82,11 +82,10 @@ class Run:
             state = run_state.resumed_state(self.model, config, checkpoint, self.data)
             self.step = run_state.steps_done(config, checkpoint, self.plan.steps)
         self.engine = start_engine(self.model, config, processes, self.loss_module())
-        self.average = Average(self.model, config.ema) if config.ema else None
+        self.average = Average(self.model, config.ema)
         if state is not None:
             state.load_optimizer(self.engine)
-            if self.average is not None:
-                self.average.weights = state.average()
+            self.average.weights = state.average()
         self.stop_requested = self.stop_agreed = False
         self.watch = PeerWatch(processes)
         self.checkpoints = run_state.Checkpoints(
@@ -167,8 +166,7 @@ class Run:
     def _count_step(self, norm: Tensor | None) -> float | None:
         """Count a step that was taken; returns the norm of its gradient, None if unknown."""
         self.step += 1
-        if self.average is not None:
-            self.average.update(self.step)
+        self.average.update(self.step)
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         return None if norm is None else float(norm)
 
@@ -292,7 +290,7 @@ class Run:
 
     def averaged(self) -> AbstractContextManager[None]:
         """A context in which the model has the averaged weights, if there are any."""
-        return nullcontext() if self.average is None else self.average.applied()
+        return self.average.applied()
 
     def save(self) -> Path:
         """Write a checkpoint folder and delete the oldest ones."""
