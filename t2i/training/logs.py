@@ -42,8 +42,7 @@ class MetricsLog:
             self.path.parent.mkdir(parents=True)
         with saving(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.tracker is not None:
-            self.tracker(step, values)
+        self.tracker(step, values)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
@@ -72,7 +71,7 @@ def choose_tracker(name: str) -> str:
 
 def _start_tracker(
     config: TrainConfig, start_step: int
-) -> Callable[[int, dict[str, float]], object] | None:
+) -> Callable[[int, dict[str, float]], object]:
     name, run_dir = choose_tracker(config.log.tracker), config.run_dir
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -95,4 +94,4 @@ def _start_tracker(
             project=config.log.project, dir=path, config=plain(config), resume="allow", id=run_id
         )
         return lambda step, values: run.log(values, step=step)
-    return None
+    return lambda step, values: None
