@@ -13,7 +13,7 @@ and over prompts).
 
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run from a clone, without installation
@@ -57,13 +57,11 @@ class Ablation:
     """A few steps, scenes and images, unless they are given: the numbers mean nothing."""
 
     def grid(self) -> LongGrid:
-        shared = {f.name: getattr(self, f.name) for f in fields(self)}
-        base = shared.pop("base")
-        del shared["tiny"]
+        shared = {k: v for k, v in vars(self).items() if k not in ("base", "tiny")}
         if self.tiny:
             given = given_options(self)
             shared |= {name: few for name, few in _TINY.items() if name not in given}
-        return LongGrid("ablation", bases=(f"base={base}",), **shared)
+        return LongGrid("ablation", bases=(f"base={self.base}",), **shared)
 
 
 _TINY = {

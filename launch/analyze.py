@@ -91,8 +91,7 @@ class AnalyzeConfig(DrawingModelOptions):
 
     def models(self) -> dict[str, DrawingModelOptions]:
         """The model, and the control if there is one."""
-        own = {f.name: getattr(self, f.name) for f in fields(DrawingModelOptions)}
-        found = {"model": DrawingModelOptions(**own)}
+        found = {"model": self.of_model()}
         if self.control is not None:
             found["control"] = replace(found["model"], ckpt=self.control, base=BaseOptions())
         return found

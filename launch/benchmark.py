@@ -31,7 +31,7 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.errors import UserError, choose_one
-from t2i.fields import given_options
+from t2i.fields import given_options, plain
 from t2i.sampling import SamplingConfig, Speed, check_counts, check_positive
 
 if TYPE_CHECKING:
@@ -215,10 +215,9 @@ def main() -> None:
         k: v for k, v in timed_sampling.DTYPES.items() if k in config.dtypes
     }
     machine = roofline.known(device, dtypes, config.bandwidth, config.tflops)
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items()}
     results: dict = {
         "about": benchmark_report.about(device, command),
-        "settings": settings,
+        "settings": plain(config),
         "machine": asdict(machine),
         "notes": benchmark_report.NOTES,
         "rows": {},

@@ -17,7 +17,7 @@ with GenEval's rules and an exact detector, and writes to --out:
 
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if not __package__:  # run from a clone, without installation
@@ -25,6 +25,7 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.errors import UserError, choose_one
+from t2i.fields import plain
 from t2i.sampling import check_counts, check_seed
 from t2i.training.config import DataOptions
 from t2i.training.recipes import recipes_for
@@ -91,10 +92,10 @@ def compare(config: Quickstart) -> None:
     started = time.time()
     written, kept = write_dataset(config.out / "data", config.images, seed=FINE_TUNING_SEED)
     print(f"[1/3] data set: {written} images drawn, {kept} already there")
-    base_options = run_config(config, config.control).backbone
+    control = run_config(config, config.control)
     backbone = load_backbone(
-        base_options.family,
-        base_options.weights,
+        control.backbone.family,
+        control.backbone.weights,
         device=start_processes().device,
         dtype="float32",
     )
@@ -102,14 +103,12 @@ def compare(config: Quickstart) -> None:
     for name in (config.control, *config.recipes):
         print(f"[2/3] fine-tuning: {name}")
         models[name] = fine_tuned(run_config(config, name))
-    control = run_config(config, config.control)
     losses = {name: held_out_losses(control, model) for name, model in models.items()}
     metadata = benchmark_prompts(config.seed, config.prompts_per_task)
     print(f"[3/3] judging {len(metadata)} prompts x {config.samples} images of each model")
     scores = {name: scores_of(model, name, metadata, config) for name, model in models.items()}
     write_comparison(models, config)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    content = {"settings": settings, "scores": scores, "held_out_losses": losses}
+    content = {"settings": plain(config), "scores": scores, "held_out_losses": losses}
     write_json(config.out / "results.json", content)
     print(table(scores, losses))
     print(

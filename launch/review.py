@@ -70,8 +70,7 @@ class ReviewConfig(DrawingModelOptions):
 
     def models(self) -> Iterator[DrawingModelOptions]:
         """The models that draw, in the order of the columns."""
-        own = {f.name: getattr(self, f.name) for f in fields(DrawingModelOptions)}
-        first = DrawingModelOptions(**own)
+        first = self.of_model()
         if self.source is not None:
             yield first
         if self.with_base:

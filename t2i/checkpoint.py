@@ -124,9 +124,9 @@ def write_model(
     folder: Path,
     *,
     tuning: Tuning,
-    image_layers: bool = False,
+    image_layers: bool,
+    training: dict | None,
     sampling: SamplingConfig | None = None,
-    training: dict | None = None,
 ) -> None:
     """Write all files except the manifest into a folder; arguments as in `save_pretrained`."""
     backbone = model.backbone

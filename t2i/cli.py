@@ -210,10 +210,10 @@ def _help_text(description: str) -> str:
     return "\n".join(lines)
 
 
-def _showing(kind: type, names: Sequence[str], default: object = None) -> type:
+def _showing(kind: type, names: Sequence[str], default: object) -> type:
     """A subclass of a config class, only for help: it shows and parses only the fields `names`.
 
-    Its defaults are the values of `default`, if given.
+    Its defaults are the values of `default`, unless that is None.
     """
     hints = get_type_hints(kind, include_extras=True)
     own: dict[str, Any] = {}

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -129,22 +129,11 @@ def _fingerprint(checkpoint: Path) -> str:
     return file_sha256(checkpoint / MANIFEST) + file_sha256(checkpoint / "config.json")
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of the exported model."""
+def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> list[str]:
+    """Write the merged base to `folder`, and the checkpoint folder with the codec inside it.
 
-    name: str
-    place: str
-    """File or folder within the export, or a hub id."""
-    size: int
-    """Bytes."""
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.place}, {readable_size(self.size)}"
-
-
-def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> list[Part]:
-    """Write the merged base to `folder`, and the checkpoint folder with the codec inside it."""
+    Returns a line on each part of the model: its name, where it is, and its size.
+    """
     backbone = model.backbone
     assert backbone.source is not None, "it comes from a checkpoint"
     files, base = expand_folder(backbone.source), backbone.source.weights
@@ -161,14 +150,14 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
         place = weights.name
         write_json(folder / "config.json", _backbone_folder(model, files, weights, folder))
     stored = str(dtype).removeprefix("torch.")
-    parts = [Part("base", f"{place} ({stored})", _size(weights))]
+    parts = [f"base: {place} ({stored}), {_size(weights)}"]
     if (folder / _TOKENIZER).exists():
-        parts.append(Part("image tokenizer", _TOKENIZER, _size(folder / _TOKENIZER)))
+        parts.append(f"image tokenizer: {_TOKENIZER}, {_size(folder / _TOKENIZER)}")
     if files.text_encoder is not None:
         copied = (folder / _TEXT_ENCODER).exists()
         size = _size(folder / _TEXT_ENCODER if copied else backbone.frozen.text_encoder.folder)
         hub = f"{files.text_encoder} (on the hub, not copied)"
-        parts.append(Part("text encoder", _TEXT_ENCODER + "/" if copied else hub, size))
+        parts.append(f"text encoder: {_TEXT_ENCODER + '/' if copied else hub}, {size}")
     backbone.source = BackboneSource(
         files.family,
         _ABOVE,
@@ -182,7 +171,7 @@ def _save(model: TensorAR, folder: Path, dtype: torch.dtype, facts: dict) -> lis
     inner = folder / EXPORTED
     save_pretrained(model, inner, tuning="codec", sampling=model.sampling, training=facts)
     name = "settings" if model.codec is None else "TensorAR"
-    return [*parts, Part(name, f"{EXPORTED}/", _size(inner))]
+    return [*parts, f"{name}: {EXPORTED}/, {_size(inner)}"]
 
 
 def _backbone_folder(model: TensorAR, files: BackboneSource, weights: Path, folder: Path) -> dict:
@@ -201,9 +190,10 @@ def _backbone_folder(model: TensorAR, files: BackboneSource, weights: Path, fold
     return {**content, "config": asdict(config), "sampling": asdict(sampling)}
 
 
-def _size(path: Path) -> int:
+def _size(path: Path) -> str:
+    """The size of a file, or of all files in a folder."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return sum(p.stat().st_size for p in files)
+    return readable_size(sum(p.stat().st_size for p in files))
 
 
 def _score_rows(path: Path, config: dict) -> list[str]:
@@ -256,7 +246,7 @@ def model_card(
     *,
     scores: Sequence[str] = (),
     grid: str | None = None,
-    parts: Sequence[Part] = (),
+    parts: Sequence[str] = (),
     asked: str | None = None,
 ) -> str:
     """README.md of an export, from a checkpoint's config.json and its `BackboneSpec.cond_kind`.

@@ -2,9 +2,10 @@
 
 import ast
 import inspect
+import json
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, asdict, field, fields, is_dataclass, make_dataclass, replace
 from functools import cache
 from itertools import pairwise
 from numbers import Integral, Real
@@ -139,6 +140,11 @@ def _fits(value: object, hint: object) -> bool:
     return isinstance(kind, type) and isinstance(value, kind)
 
 
+def plain(settings: "DataclassInstance") -> dict:
+    """The settings as plain JSON values."""
+    return json.loads(json.dumps(asdict(settings), default=str))
+
+
 def leaves(settings: Mapping, part: str = "") -> dict[str, object]:
     """Nested settings, flattened to full names such as "optim.betas"."""
     found: dict[str, object] = {}
@@ -161,6 +167,12 @@ def given_options(options: "DataclassInstance") -> list[str]:
         inner = given_options(value) if nested else []
         found += [f"{own.name}.{name}" for name in inner] or [own.name]
     return found
+
+
+def told_options(options: "DataclassInstance", names: Collection[str], part: str) -> str:
+    """Those of these options that differ from their defaults, for a message: "data.split=val"."""
+    given = [name for name in given_options(options) if name in names]
+    return ", ".join(f"{part}{name}={getattr(options, name)}" for name in given)
 
 
 def all_optional(settings: type) -> Callable[[type[C]], type[C]]:

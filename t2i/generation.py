@@ -184,7 +184,7 @@ def choose_run(
 
 
 def check_request(
-    model: TensorAR, prompts: Iterable[str | int], samples_per_prompt: int = 1
+    model: TensorAR, prompts: Iterable[str | int], samples_per_prompt: int
 ) -> list[str | int]:
     """The prompts as a list; UserError if an argument of `generate` has the wrong type."""
     if isinstance(model, Backbone):

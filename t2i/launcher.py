@@ -220,7 +220,8 @@ def watch_launcher() -> None:
     watched: the parent is a shell, which may end (nohup).
     """
     global _watching, _command
-    parents = _launchers()
+    count = _launcher_count()
+    parents = _parents(count)
     if _watching or not parents:
         return
     _watching = True
@@ -228,7 +229,7 @@ def watch_launcher() -> None:
         _command = _command_line(parents[-1])
 
     def watch() -> None:
-        while _launchers(len(parents)) == parents:
+        while _parents(count) == parents:
             time.sleep(_SECONDS)
         log.warning("the launcher is gone: stopping as on SIGTERM")
         os.kill(os.getpid(), signal.SIGTERM)
@@ -247,22 +248,21 @@ def _command_line(process: int) -> list[str]:
     return [os.fsdecode(word) for word in words if not word.startswith(b"--local_rank")]
 
 
-def _launchers(count: int | None = None) -> list[int]:
-    """Process ids of the launcher and, if its parent forwards no signals, of that parent."""
+def _launcher_count() -> int:
+    """How many of the processes above this one are the launcher: 0 without one."""
+    # deepspeed, which forwards no signals, starts deepspeed.launcher.launch, which starts ranks.
+    if b"deepspeed.launcher.launch" in _proc(os.getppid(), "cmdline"):
+        return 2
+    return int("TORCHELASTIC_RUN_ID" in os.environ or any(n[0] in os.environ for n in _MPI))
+
+
+def _parents(count: int) -> list[int]:
+    """Process ids of the parent and (count 2) of its parent; none for count 0."""
     parent = os.getppid()
-    if count is None:
-        # deepspeed starts deepspeed.launcher.launch, which starts the ranks.
-        if b"deepspeed.launcher.launch" in _proc(parent, "cmdline"):
-            count = 2
-        elif "TORCHELASTIC_RUN_ID" in os.environ or any(n[0] in os.environ for n in _MPI):
-            count = 1
-        else:
-            count = 0
-    found = [parent]
-    if count == 2:
-        status = _proc(parent, "stat").rpartition(b")")[2].split()
-        found.append(int(status[1]) if len(status) > 1 else 0)
-    return found[:count]
+    if count < 2:
+        return [parent] * count
+    status = _proc(parent, "stat").rpartition(b")")[2].split()
+    return [parent, int(status[1]) if len(status) > 1 else 0]
 
 
 def _proc(process: int, name: str) -> bytes:

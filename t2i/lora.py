@@ -48,9 +48,7 @@ def add_lora(backbone: Backbone, config: LoRAConfig, *, seed: int = 0) -> None:
     backbone.to(backbone.device)
 
 
-def adapter_state_dict(
-    backbone: Backbone, *, image_layers: bool = False
-) -> dict[str, torch.Tensor]:
+def adapter_state_dict(backbone: Backbone, *, image_layers: bool) -> dict[str, torch.Tensor]:
     """Adapter weights, and the image layers' if they are trained, under PEFT's file names."""
     layers = tuple(f"{name}." for name in _image_layer_names(backbone)) if image_layers else ()
     return {
@@ -74,7 +72,7 @@ def _image_layer_names(backbone: Backbone) -> list[str]:
     ]
 
 
-def save_adapter(backbone: Backbone, folder: Path, *, image_layers: bool = False) -> None:
+def save_adapter(backbone: Backbone, folder: Path, *, image_layers: bool) -> None:
     """Write a PEFT adapter folder (adapter_config.json, adapter_model.safetensors).
 
     `image_layers`: the image layers were fully trained; they become PEFT's `modules_to_save`, so

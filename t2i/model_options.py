@@ -2,7 +2,7 @@
 
 import logging
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,6 +49,15 @@ class BaseOptions:
     """Precision of the caption encoder's features."""
     grid: tuple[int, int] | None = None
     """Height and width of an image in codes; only needed for a weight file that was renamed."""
+
+    def check_helpers(self) -> None:
+        """UserError for an image tokenizer or a caption encoder that can be nowhere."""
+        from t2i.sources import check_named
+
+        if self.tokenizer is not None:
+            check_named(self.tokenizer)
+        if self.text_encoder is not None:
+            check_named(self.text_encoder, folder=True)
 
     def check_beside(self, checkpoint: Path) -> None:
         """UserError for options that contradict what a checkpoint stores about its base."""
@@ -133,10 +142,7 @@ class ModelOptions:
                 f"{self.ckpt} is not a checkpoint, so it has no other base: leave out "
                 "--base.weights"
             )
-        if self.base.tokenizer is not None:
-            check_named(self.base.tokenizer)
-        if self.base.text_encoder is not None:
-            check_named(self.base.text_encoder, folder=True)
+        self.base.check_helpers()
         if self.checkpoint is not None:
             self.base.check_beside(self.checkpoint)
         elif self.source in shipped_bases():
@@ -231,6 +237,11 @@ class DrawingModelOptions(ModelOptions):
 
     def __post_init__(self):
         DrawOptions(self.seed, batch_size=self.batch_size)
+
+    def of_model(self) -> "DrawingModelOptions":
+        """These options alone, without those that a program adds."""
+        own = {f.name: getattr(self, f.name) for f in fields(DrawingModelOptions)}
+        return DrawingModelOptions(**own)
 
     def check(self) -> "tuple[torch.device, torch.dtype]":
         """Like `ModelOptions.check`, and UserError for sampling settings that no model, or not this

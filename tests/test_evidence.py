@@ -24,6 +24,7 @@ from t2i.evaluation.evidence import (
     stage_changes,
 )
 from t2i.fields import from_json
+from t2i.fields import plain as as_json
 from t2i.files import read_json
 from t2i.model_options import DrawingModelOptions
 from t2i.reward import reward_recipes
@@ -38,7 +39,6 @@ from t2i.training.batches import TrainingData
 from t2i.training.config import METRICS, LabelledOptions, TrainConfig
 from t2i.training.engine import start_processes
 from t2i.training.loop import train
-from t2i.training.settings import plain as as_json
 from t2i.training.validation import validate
 
 

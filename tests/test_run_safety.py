@@ -18,6 +18,7 @@ from t2i import checkpoint_folders
 from t2i.errors import NotFiniteError, UserError
 from t2i.export_folder import export
 from t2i.fields import leaves
+from t2i.fields import plain as as_json
 from t2i.files import owning
 from t2i.model_options import ExportOptions
 from t2i.reward.reward_options import RewardConfig
@@ -205,7 +206,7 @@ def test_a_second_run_in_a_folder_is_refused_by_name(tiny_world):
 def test_every_name_in_the_groups_is_an_option():
     """Case 6: for runs on captions, on classes and by reward."""
     configs = (TrainConfig(), TrainConfig(data=LabelledOptions()), RewardConfig(steps=1))
-    own = {name for config in configs for name in leaves(settings.plain(config))}
+    own = {name for config in configs for name in leaves(as_json(config))}
     for name in (*settings.ROUNDING, *settings.APPLIED, *settings.FREE):
         assert any(n == name or n.startswith(f"{name}.") for n in own), f"{name} is no option"
 
@@ -215,11 +216,11 @@ def test_settings_that_make_another_run_are_refused():
     config, places = TrainConfig(), ("data.source", "data.cache_dir")
     fixed = {"seed", "batch_size", "ema", "tuning", "lora", "train_image_layers", "method", "data"}
     fixed |= {"token_dropout", "condition_dropout"}
-    names = [name for name in leaves(settings.plain(config)) if name not in places]
+    names = [name for name in leaves(as_json(config)) if name not in places]
     names = [name for name in names if name.partition(".")[0] in fixed]
     assert len(names) > 2 * len(fixed)
     for name in names:
-        stored = settings.plain(config)
+        stored = as_json(config)
         part, _, option = name.rpartition(".")
         (stored[part] if part else stored)[option] = "another"
         with pytest.raises(UserError, match=rf"with other settings \({name}: another -> "):

@@ -51,12 +51,6 @@ class Group:
     llamagen: Path | None = None
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the contenders."""
-        ours = [f"{method} {speed}" for method in self.methods for speed in self.speeds]
-        return (*ours, *self.peers)
-
-    @property
     def settings(self) -> SamplingConfig:
         return SamplingConfig(cfg_scale=self.guidance, top_k=self.top_k)
 

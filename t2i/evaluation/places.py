@@ -38,13 +38,7 @@ from t2i.evaluation.generation_folder import (
     write_prompt,
 )
 from t2i.fields import leaves
-from t2i.files import (
-    read_json,
-    replacing,
-    writable_file,
-    writable_folder,
-    write_json,
-)
+from t2i.files import read_json, replacing, writable_file, writable_folder, write_json
 from t2i.generation import Drawn, Job
 from t2i.imaging import save_png
 from t2i.manifest import refuse_in_checkpoint

@@ -26,13 +26,7 @@ from t2i.evaluation.generation_folder import (
     read_generation,
     sample_file,
 )
-from t2i.evaluation.results import (
-    RESULTS_FILE,
-    ROWS_FILE,
-    image_source,
-    read_results,
-    read_rows,
-)
+from t2i.evaluation.results import RESULTS_FILE, ROWS_FILE, image_source, read_results, read_rows
 from t2i.files import json_sha256, read_json, saving, writable_folder, write_text
 from t2i.generation import Job
 from t2i.pages import embedded_json, html_page

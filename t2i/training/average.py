@@ -16,14 +16,15 @@ class Average:
     """The average of a model's trained weights, in fp32, the same in every process.
 
     Args:
-        decay: share of the average kept at each step; lower during the first steps.
+        decay: share of the average kept at each step; lower during the first steps. 0: no average;
+            the methods then do nothing.
 
     Attributes:
         weights: by parameter name; a resumed run sets the stored average here.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self._parameters, self._decay = trained(model), decay
+        self._parameters, self._decay = trained(model) if decay else {}, decay
         self.weights: dict[str, Tensor] = {
             name: p.detach().float().clone() for name, p in self._parameters.items()
         }

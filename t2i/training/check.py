@@ -19,7 +19,7 @@ from t2i.data.order import split_indices
 from t2i.data.samples import OTHER_SPLIT, Source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes
 from t2i.errors import UserError, shorten
-from t2i.fields import leaves
+from t2i.fields import leaves, plain
 from t2i.generation import parse_conditions
 from t2i.models.base import Backbone
 from t2i.models.families import find_family
@@ -34,16 +34,10 @@ from t2i.training.engine import check_compiler, deepspeed_config, parameter_grou
 from t2i.training.examples import check_backbone, image_size, views_of
 from t2i.training.logs import choose_tracker
 from t2i.training.open_data import labelled_sources, open_data, open_labelled, refuse_inside
-from t2i.training.run_plan import (
-    Plan,
-    about_few_pictures,
-    about_settings,
-    peak_rates,
-    plan_run,
-)
+from t2i.training.run_plan import Plan, about_few_pictures, about_settings, peak_rates, plan_run
 from t2i.training.run_state import check_resumable, claim_run_dir, steps_done
 from t2i.training.scale import checkpoint_bytes
-from t2i.training.settings import plain, settings_of
+from t2i.training.settings import settings_of
 from t2i.training.size_report import size_report
 from t2i.training.start import build_model
 from t2i.training.trigger_words import refuse_lost_words
@@ -70,10 +64,7 @@ def look_before_work(
     if checkpoint is None:
         refuse_inside(config.run_dir, config.data)
         check_named(base.weights, folder=find_family(base.family).published_as_folder)
-    if base.tokenizer is not None:
-        check_named(base.tokenizer)
-    if base.text_encoder is not None:
-        check_named(base.text_encoder, folder=True)
+    base.check_helpers()
     if not isinstance(config.data, DataOptions):
         labelled_sources(config.data)
         return None, None

@@ -15,7 +15,7 @@ import tyro
 
 from t2i.data.captioned import CaptionedImages
 from t2i.errors import UserError
-from t2i.fields import check_types, given_options
+from t2i.fields import check_types, told_options
 from t2i.model_options import BaseOptions
 from t2i.sampling import SamplingConfig, SamplingOverrides, check_counts, check_seed
 from t2i.tensorar.method import TensorARConfig
@@ -327,10 +327,10 @@ class TrainConfig:
             raise UserError(
                 "train_image_layers is for tuning lora or codec: tuning full trains them anyway"
             )
-        adapters = [f"lora.{k}={getattr(self.lora, k)}" for k in given_options(self.lora)]
+        adapters = told_options(self.lora, vars(self.lora), "lora.")
         if adapters and self.tuning != "lora":
             raise UserError(
-                f"{', '.join(adapters)} has no effect with tuning={self.tuning}: leave it out, or "
+                f"{adapters} has no effect with tuning={self.tuning}: leave it out, or "
                 "give --tuning lora"
             )
         if engine.precision == "bf16" and engine.zero_stage == 0:

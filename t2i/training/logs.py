@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from t2i.errors import UserError
+from t2i.fields import plain
 from t2i.files import reading, saving, text_sha256, write_text
 from t2i.training.config import METRICS, TrainConfig
-from t2i.training.settings import plain
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ class MetricsLog:
             self.path.parent.mkdir(parents=True)
         with saving(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.tracker is not None:
-            self.tracker(step, values)
+        self.tracker(step, values)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
@@ -72,7 +71,7 @@ def choose_tracker(name: str) -> str:
 
 def _start_tracker(
     config: TrainConfig, start_step: int
-) -> Callable[[int, dict[str, float]], object] | None:
+) -> Callable[[int, dict[str, float]], object]:
     name, run_dir = choose_tracker(config.log.tracker), config.run_dir
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -91,9 +90,8 @@ def _start_tracker(
 
         path = str(run_dir.resolve())
         run_id = f"{run_dir.name}-{text_sha256(path)[:8]}"
-        settings = plain(config)
         run = wandb.init(
-            project=config.log.project, dir=path, config=settings, resume="allow", id=run_id
+            project=config.log.project, dir=path, config=plain(config), resume="allow", id=run_id
         )
         return lambda step, values: run.log(values, step=step)
-    return None
+    return lambda step, values: None

@@ -10,7 +10,7 @@ from t2i.data.sources.classes import LabelledFolder, find_classes
 from t2i.data.sources.open_source import open_source
 from t2i.data.sources.pretokenized import JsonlCodes, LlamaGenCodes, is_llamagen_folder
 from t2i.errors import UserError, nearest_path
-from t2i.fields import given_options
+from t2i.fields import told_options
 from t2i.models.base import BackboneSpec
 from t2i.training.config import DataOptions, LabelledOptions
 from t2i.worlds import WORLDS, open_world
@@ -58,8 +58,7 @@ def open_data(options: DataOptions) -> Source:
 def _refuse_without_effect(options: DataOptions, world: str) -> None:
     """UserError for options on reading files if the source is a world, which has none."""
     of_files = {f.name for f in fields(CaptionedImages)} - {"source"}
-    if given := [name for name in given_options(options) if name in of_files]:
-        told = ", ".join(f"data.{name}={getattr(options, name)}" for name in given)
+    if told := told_options(options, of_files, "data."):
         raise UserError(
             f"{told} has no effect on {world}, which is drawn, not read from files: leave it out"
         )

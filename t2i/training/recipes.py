@@ -8,7 +8,7 @@ The ones here are our choice; the backbone's is a tenth of the usual pre-trainin
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -177,7 +177,7 @@ def _with_options(config: Any, options: Mapping[str, Any], prefix: str) -> Any:
     """Settings with some of them changed: "part.option" changes an option of a part, and so does a
     mapping given for the part.
     """
-    known = {f.name: getattr(config, f.name) for f in fields(config)}
+    known = vars(config)
     own: dict[str, Any] = {}
     of_parts: dict[str, dict[str, Any]] = {}
     for name, value in options.items():

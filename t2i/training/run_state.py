@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from t2i.checkpoint_folders import (
     step_folders,
 )
 from t2i.errors import UserError
-from t2i.fields import read_object
+from t2i.fields import plain, read_object
 from t2i.files import PARTIAL, REPLACED, owning, read_json, saving, settle_folder, writable_folder
 from t2i.manifest import TRAINING_STATE, refuse_in_checkpoint
 from t2i.processes import Processes
@@ -39,13 +39,7 @@ from t2i.training.batches import TrainingData
 from t2i.training.config import METRICS, TrainConfig
 from t2i.training.engine import whole_weights
 from t2i.training.run_plan import least_held_out
-from t2i.training.settings import (
-    check_settings,
-    plain,
-    refuse_different,
-    state_facts,
-    warn_of_rounding,
-)
+from t2i.training.settings import check_settings, refuse_different, state_facts, warn_of_rounding
 from t2i.training.state import StoredState, write_state
 
 log = logging.getLogger(__name__)
@@ -61,7 +55,7 @@ class Checkpoints:
     Attributes:
         steps: number of steps of the whole run.
         data_key: identifies the data's content.
-        average: if given, the saved model has its weights.
+        average: the saved model has its weights, if there are any.
         facts: further facts about the run to store in checkpoints.
     """
 
@@ -71,7 +65,7 @@ class Checkpoints:
     processes: Processes
     steps: int
     data_key: str
-    average: Average | None
+    average: Average
     facts: dict
 
     def __post_init__(self):
@@ -90,11 +84,10 @@ class Checkpoints:
             NotFiniteError: the optimizer's state is not finite.
         """
         folder = self.folder(step)
-        average = {} if self.average is None else self.average.weights
 
         def write_training_state(partial: Path) -> None:
             state = partial / TRAINING_STATE
-            write_state(self.engine, self.model, average, state, self.processes)
+            write_state(self.engine, self.model, self.average.weights, state, self.processes)
 
         self._write(folder, {"step": step}, write_training_state)
         if self.processes.is_main:
@@ -130,7 +123,6 @@ class Checkpoints:
     ) -> None:
         """Write a whole checkpoint folder or none; `rest` writes the files that ranks share out."""
         config, processes = self.config, self.processes
-        average = nullcontext() if self.average is None else self.average.applied()
         training = {
             **facts,
             **self.facts,
@@ -153,7 +145,7 @@ class Checkpoints:
         # A failure in one process is raised by all, so that none waits for one that has ended.
         with ExitStack() as stack:
             partial = processes.on_main(lambda: stack.enter_context(new_checkpoint(folder)))
-            with average, whole_weights(self.model, config.engine.zero_stage):
+            with self.average.applied(), whole_weights(self.model, config.engine.zero_stage):
                 processes.on_main(write_weights)
             rest(partial)
             processes.on_main(stack.close)
@@ -250,14 +242,11 @@ def _has_results(run_dir: Path) -> bool:
     return bool(run_checkpoints(run_dir)) or (run_dir / METRICS).exists()
 
 
-def _is_run(run_dir: Path) -> bool:
-    """Whether a run has begun in this folder."""
-    return _has_results(run_dir) or is_run(run_dir)
-
-
 def _refuse_foreign(run_dir: Path) -> None:
     """UserError if a run would overwrite or delete files that no run has written."""
-    paths = [] if _is_run(run_dir) else [run_dir / name for name in _OVERWRITTEN]
+    if _has_results(run_dir) or is_run(run_dir):
+        return
+    paths = (run_dir / name for name in _OVERWRITTEN)
     if found := [p.name for p in paths if p.is_file() or (p.is_dir() and any(p.iterdir()))]:
         raise UserError(
             f"{run_dir} holds {', '.join(found)}, which a run would overwrite or delete, and does "

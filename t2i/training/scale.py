@@ -34,6 +34,7 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
     model = build_model(config, device="meta")
     parameter_groups(model, config)  # raises if nothing would be trained
     cost = estimate(model, config, cluster.gpus, samples=samples, gpu=True)
+    shards = -(-samples // IMAGES_PER_SHARD)
     cached, saved = _cache_bytes(config, cluster, model, samples), checkpoint_bytes(model, config)
     # While one is saved, the oldest still exists; the best model has no training state.
     kept = sum(saved) * (config.log.keep_last + 1) + (saved[0] if config.log.keep_best else 0)
@@ -51,7 +52,7 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
     sections = {
         "steps": _step_lines(config, cluster, plan),
         "time": _time_lines(config, cluster, plan, cost.flops),
-        "code cache": _shard_lines(cluster, samples, cached),
+        "code cache": _shard_lines(cluster, shards, cached),
         "a checkpoint": [
             f"model {readable_size(saved[0])}, training state {readable_size(saved[1])} "
             f"({readable_size(saved[1] / cluster.gpus)} a process)",
@@ -65,7 +66,7 @@ def plan_cluster(config: TrainConfig, cluster: Cluster) -> str:
             f"{readable_size(on_node)} on a machine",
         ],
     }
-    if warnings := [*_about_shards(cluster, samples), *about_settings(config, plan)]:
+    if warnings := [*_about_shards(cluster, samples, shards), *about_settings(config, plan)]:
         sections["warnings"] = warnings
     return "\n".join("\n  ".join([title, *lines]) for title, lines in sections.items())
 
@@ -107,8 +108,7 @@ def _time_lines(config: TrainConfig, cluster: Cluster, plan: Plan, flops: float)
     ]
 
 
-def _about_shards(cluster: Cluster, samples: int) -> Iterator[str]:
-    shards = -(-samples // IMAGES_PER_SHARD)
+def _about_shards(cluster: Cluster, samples: int, shards: int) -> Iterator[str]:
     if shards < cluster.gpus:
         yield (
             f"{samples:,} images are {shards} shards: {cluster.gpus - shards} of {cluster.gpus} "
@@ -149,8 +149,7 @@ def _cache_bytes(config: TrainConfig, cluster: Cluster, model: TensorAR, samples
     return samples * (codes + text + _LINE_BYTES)
 
 
-def _shard_lines(cluster: Cluster, samples: int, size: float) -> list[str]:
-    shards = -(-samples // IMAGES_PER_SHARD)
+def _shard_lines(cluster: Cluster, shards: int, size: float) -> list[str]:
     least, more = divmod(shards, cluster.gpus)
     each = f"{least:,}" if not more else f"{least:,} or {least + 1:,}"
     return [

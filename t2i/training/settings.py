@@ -3,15 +3,13 @@
 A change of any other option would make it a different run, and is refused.
 """
 
-import json
 import logging
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 from t2i import __version__
 from t2i.errors import UserError, shorten
-from t2i.fields import leaves
+from t2i.fields import leaves, plain
 from t2i.processes import Processes
 from t2i.training.config import TrainConfig
 from t2i.training.engine import deepspeed_config
@@ -82,11 +80,6 @@ def _listed(value: object) -> list:
 
 def _is_place(value: object) -> bool:
     return isinstance(value, str) and os.path.exists(value)
-
-
-def plain(config: TrainConfig) -> dict:
-    """The settings as plain JSON values."""
-    return json.loads(json.dumps(asdict(config), default=str))
 
 
 def _in(group: tuple[str, ...], name: str) -> bool:

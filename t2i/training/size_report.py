@@ -20,7 +20,7 @@ def size_report(
     config: TrainConfig,
     plan: Plan | None,
     world_size: int,
-    beside: Callable[[TensorAR], float] | None = None,
+    beside: Callable[[TensorAR], float] | None,
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Parameters, memory and work: lines by title, and warnings.
 

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import reduce
 from operator import add
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from t2i.checkpoint import from_pretrained
 from t2i.checkpoint_folders import find_checkpoint
 from t2i.errors import NotFiniteError
+from t2i.fields import plain
 from t2i.files import saving, write_json
 from t2i.generation import draw_images
 from t2i.imaging import grid, save_png
@@ -44,8 +45,8 @@ from t2i.training.logs import MetricsLog
 from t2i.training.memory import SHEET_IMAGES, SHEET_PROMPTS, sheet_images
 from t2i.training.run_page import refresh_run_page
 from t2i.training.run_plan import about_settings
-from t2i.training.settings import plain
 from t2i.training.start import build_model
+from t2i.training.state import trained
 from t2i.training.validation import validate
 from t2i.training.watch import PeerWatch
 
@@ -82,11 +83,10 @@ class Run:
             state = run_state.resumed_state(self.model, config, checkpoint, self.data)
             self.step = run_state.steps_done(config, checkpoint, self.plan.steps)
         self.engine = start_engine(self.model, config, processes, self.loss_module())
-        self.average = Average(self.model, config.ema) if config.ema else None
+        self.average = Average(self.model, config.ema)
         if state is not None:
             state.load_optimizer(self.engine)
-            if self.average is not None:
-                self.average.weights = state.average()
+            self.average.weights = state.average()
         self.stop_requested = self.stop_agreed = False
         self.watch = PeerWatch(processes)
         self.checkpoints = run_state.Checkpoints(
@@ -167,8 +167,7 @@ class Run:
     def _count_step(self, norm: Tensor | None) -> float | None:
         """Count a step that was taken; returns the norm of its gradient, None if unknown."""
         self.step += 1
-        if self.average is not None:
-            self.average.update(self.step)
+        self.average.update(self.step)
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         return None if norm is None else float(norm)
 
@@ -285,8 +284,7 @@ class Run:
     def check_weights(self) -> None:
         """NotFiniteError if a trained weight is not finite; every rank calls it before any use."""
         with whole_weights(self.model, self.config.engine.zero_stage):
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            finite = all(bool(p.isfinite().all()) for p in trained)
+            finite = all(bool(p.isfinite().all()) for p in trained(self.model).values())
         if self.processes.any(not finite):
             raise NotFiniteError(
                 f"weights are not finite after step {self.step}, so they are not saved; "
@@ -295,7 +293,7 @@ class Run:
 
     def averaged(self) -> AbstractContextManager[None]:
         """A context in which the model has the averaged weights, if there are any."""
-        return nullcontext() if self.average is None else self.average.applied()
+        return self.average.applied()
 
     def save(self) -> Path:
         """Write a checkpoint folder and delete the oldest ones."""

@@ -11,12 +11,11 @@ from typing import TypeVar
 
 from t2i.checkpoint_folders import is_checkpoint
 from t2i.errors import UserError
-from t2i.fields import given_options, leaves
+from t2i.fields import given_options, leaves, plain
 from t2i.models.families import find_family
 from t2i.sampling import SamplingConfig
 from t2i.training.config import LabelledOptions, TrainConfig, Unread
 from t2i.training.open_data import holds_codes
-from t2i.training.settings import plain
 
 log = logging.getLogger(__name__)
 

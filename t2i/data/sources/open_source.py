@@ -39,7 +39,7 @@ from t2i.data.sources.splits import (
 )
 from t2i.data.sources.tars import TarSource
 from t2i.errors import UserError, nearest_path
-from t2i.fields import given_options
+from t2i.fields import told_options
 
 TABLE_SUFFIXES = (".parquet", ".tar")
 _PART = re.compile(r"(.*?)\d+-of-(\d+)\b.*")
@@ -72,11 +72,8 @@ def open_source(wanted: CaptionedImages) -> Source:
 
 def _refuse_unread(wanted: CaptionedImages) -> None:
     """UserError if local files are given with options that are only for hub data sets."""
-    if given := [name for name in given_options(wanted) if name in ("config_name", "revision")]:
-        listing = ", ".join(f"data.{name}={getattr(wanted, name)}" for name in given)
-        raise UserError(
-            f"{listing}: only for data on the hub, not for {wanted.source}; leave it out"
-        )
+    if told := told_options(wanted, ("config_name", "revision"), "data."):
+        raise UserError(f"{told}: only for data on the hub, not for {wanted.source}; leave it out")
 
 
 @dataclass

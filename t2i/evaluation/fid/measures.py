@@ -157,10 +157,8 @@ def official_distances(u_ND: Tensor, v_MD: Tensor) -> Tensor:
     return distances.float() if distances.isfinite().all() else full_distances(u_ND, v_MD)
 
 
-def squared_radii(
-    features_ND: Tensor, distances: Distances = official_distances, neighbour: int = NEIGHBOUR
-) -> Tensor:
-    """Squared distance [N] of every image to its third (or given) neighbor in the same set.
+def squared_radii(features_ND: Tensor, distances: Distances, neighbour: int) -> Tensor:
+    """Squared distance [N] of every image to its neighbor of this number in the same set.
 
     Raises:
         UserError: the set is too small to have such a neighbor.
