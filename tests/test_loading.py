@@ -81,13 +81,20 @@ def test_one_folder_finds_all_moved_files(trained, tmp_path):
         assert [i.tobytes() for i in drawn] == [i.tobytes() for i in expected]
 
 
-@pytest.mark.parametrize("base", ["elsewhere", "elsewhere/gpt.pt"])
-def test_moved_files_may_be_given_by_a_relative_path(trained, tmp_path, monkeypatch, base):
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"base": "elsewhere"},
+        {"base": "elsewhere/gpt.pt"},
+        {"base": "elsewhere", "tokenizer": "elsewhere/tokenizers/vq.pt"},
+    ],
+)
+def test_moved_files_may_be_given_by_a_relative_path(trained, tmp_path, monkeypatch, places):
     """A checkpoint saved from a model loaded this way loads from any working directory."""
     files, folder, _ = trained
     files.rename(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
-    model = t2i.from_pretrained(folder, base=base)
+    model = t2i.from_pretrained(folder, **places)
     again = t2i.save_pretrained(model, tmp_path / "again", tuning="codec")
     monkeypatch.chdir("/")
     assert_same_weights(t2i.from_pretrained(again).state_dict(), model.state_dict())
@@ -328,6 +335,7 @@ def test_links_to_files_named_by_a_hash_load(tmp_path):
     loaded = load_backbone("rar", links / "rar.bin", **given)
     assert loaded.source.weights == str(links / "rar.bin")
     assert loaded.source.tokenizer == str(links / "vq.bin")
+    assert loaded.source.config == asdict(loaded.config), "fine-tuned weights have another name"
     model = t2i.attach(loaded, t2i.presets.iclr2026(k=2))
     folder = t2i.save_pretrained(model, tmp_path / "checkpoint", tuning="codec")
     links = links.rename(tmp_path / "moved")
@@ -335,6 +343,16 @@ def test_links_to_files_named_by_a_hash_load(tmp_path):
     assert moved.backbone.source.weights == str(links / "rar.bin")
     options = ModelOptions(base=BaseOptions(family="rar", weights=str(links / "rar.bin")))
     assert options.name() == "rar"
+
+
+def test_given_files_replace_those_of_a_backbone_folder(tmp_path):
+    folder = write_tiny_base(tmp_path / "base")
+    encoder = shutil.copytree(folder / "text_encoder", tmp_path / "mine")
+    own = {k: v + 1 for k, v in torch.load(folder / "vq.pt").items()}
+    torch.save(own, tmp_path / "mine.pt")
+    loaded = load_backbone("llamagen", folder, tokenizer=tmp_path / "mine.pt", text_encoder=encoder)
+    assert_same_weights(loaded.tokenizer.state_dict(), own)
+    assert loaded.frozen.text_encoder.folder == encoder
 
 
 def test_a_text_encoder_that_does_not_fit_is_refused(tmp_path):

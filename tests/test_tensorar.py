@@ -22,6 +22,7 @@ from t2i.models.conditions import Condition
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
+from t2i.tensorar.codec import _attend, _attend_shared
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 
@@ -166,6 +167,18 @@ def test_training_can_leave_the_base(backbone):
         still = {n for n, p in model.codec.named_parameters() if not p.grad.abs().sum() > 0}
         assert not any("z_" in n or n.startswith("decoder.") for n in still)
         assert all(n.startswith("encoder.") for n in still) and (not gates_open or not still)
+
+
+def test_shared_queries_attend_as_others_do():
+    """Which of the two ways is taken depends on the device and the block."""
+    generator = torch.Generator().manual_seed(0)
+    q, read, own = (
+        torch.randn(shape, generator=generator)
+        for shape in ((3, 2, 4), (5, 6, 2, 2, 4), (3, 2, 2, 4))
+    )
+    valid = torch.rand(5, 6, generator=generator) < 0.5
+    for mask in (None, valid):
+        torch.testing.assert_close(_attend(q, read, own, mask), _attend_shared(q, read, own, mask))
 
 
 # -- steps and causality --------------------------------------------------------------------------
