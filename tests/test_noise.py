@@ -124,6 +124,15 @@ def test_bit_noise_flips_each_bit_independently():
     assert (noised >= 0).all() and noised[..., 0].max() == 63 and noised[..., 1].max() > 4000
 
 
+def test_renoising_keeps_final_slots_and_scales_the_strength_of_the_others():
+    model = TensorAR(tiny_llamagen("class"), presets.iclr2026())
+    windows = torch.full((100, 60, 3, 1), 7)
+    corrupt = model.corruption(3, windows.device, share=0.5, final=2)
+    changed = (corrupt(windows, make_keys(0, torch.arange(100))) != windows).float().mean((0, 1))
+    rate = 0.5 * schedule_strengths("exponential", 4)[2] * (1 - 1 / 48)
+    assert changed[:, 0].tolist() == [0, 0, pytest.approx(rate, abs=0.03)]
+
+
 @pytest.mark.parametrize("kind", ["bits", "vectors"])
 def test_codebook_noise_is_chosen_by_the_backbone(kind):
     backbone = tiny_open_magvit2() if kind == "bits" else tiny_llamagen("class")
