@@ -190,7 +190,7 @@ def test_no_output_into_the_folders_a_run_replaces(plain, copied, tiny_world, in
                 start(config)
     with pytest.raises(UserError, match=r"lies in .*, where a training run keeps"):
         GenerationFolder(place, [{"prompt": "a"}]).check({})
-    with pytest.raises(UserError, match=r"lies in .*, where a training run keeps"):
+    with pytest.raises(UserError, match=r"--out .* lies in .*, where a training run keeps"):
         export(ExportOptions(plain, place / "new"))
     assert folder_content(place.parent) == before
 
