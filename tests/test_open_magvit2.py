@@ -23,7 +23,6 @@ from t2i.loading import tokenizer_hash
 from t2i.lora import add_lora
 from t2i.models.base import LoadOptions
 from t2i.models.open_magvit2.open_magvit2_model import (
-    SAMPLING,
     SIZES,
     ARCheckpoint,
     OpenMAGVIT2,
@@ -37,6 +36,12 @@ from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 from t2i.tuning import LoRAConfig
 
+PUBLISHED = {
+    "B": ((1.9, 2.0), 1.0),
+    "L": ((1.9, 1.9), (1.1, 1.0)),
+    "XL": ((1.75, 1.85), (1.1, 1.0)),
+}
+"""Guidance and temperature by sub-token behind the published FID (SEED-Voken `sample_gpu.sh`)."""
 COUNTS = {"B": 343_570_432, "L": 804_362_240, "XL": 1_486_679_040}
 
 
@@ -51,7 +56,8 @@ def of_size(size: str) -> OpenMAGVIT2:
 def test_sizes(size):
     backbone = of_size(size)
     assert count(backbone) == COUNTS[size]
-    assert backbone.spec.sampling == SAMPLING[size]
+    scale, temperature = PUBLISHED[size]
+    assert backbone.spec.sampling == SamplingConfig(cfg_scale=scale, temperature=temperature)
     assert OpenMAGVIT2.infer_config(backbone.official_state_dict(), "", None) == replace(
         backbone.config, ffn_dim=backbone.config.hidden_dim
     )
