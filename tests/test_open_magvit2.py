@@ -96,6 +96,15 @@ def test_sizes_with_tensorar(preset, millions):
     assert count(model) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
+def test_own_drafts_have_independent_sub_tokens():
+    model = TensorAR(tiny_open_magvit2(), presets.iclr2026()).eval()
+    with torch.no_grad():
+        for weight in model.backbone.transformer.head.parameters():
+            weight.zero_()  # all codes are equally likely
+    codes = model.draw(torch.zeros(500, 32), make_keys(0, torch.arange(500)))
+    assert codes.T.float().corrcoef()[0, 1].abs() < 0.15
+
+
 # -- files ----------------------------------------------------------------------------------------
 
 
