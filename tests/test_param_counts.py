@@ -5,6 +5,7 @@ device.
 import pytest
 from helpers import count, on_meta
 
+from t2i.models.families import find_family
 from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
@@ -20,6 +21,7 @@ CLASS_COUNTS = {
     "3B": 3_096_659_200,
     "7B": 6_614_589_440,
 }
+PUBLISHED = {"llamagen": "c2i_B_256", "open_magvit2": "AR_256_B"}
 TEXT_COUNTS = {
     "B": 112_282_368,
     "L": 345_031_680,
@@ -46,6 +48,14 @@ def of_size(size: str, cond: str = "class") -> LlamaGen:
 def test_default_sampling_is_the_published_one(size, cond, sampling):
     """Of the official `sample_t2i.py`, and of the FIDs in `GETTING_STARTED.md`."""
     assert of_size(size, cond).spec.sampling == sampling
+
+
+@pytest.mark.parametrize("family", ["llamagen", "open_magvit2"])
+def test_settings_that_published_weights_do_not_tell(family):
+    """The authors' own; with others the weights would load all the same."""
+    config = find_family(family).backbone_class.published_config(PUBLISHED[family], None)
+    assert (config.norm_eps, config.rope_base) == (1e-5, 10000.0)
+    assert config.token_dropout == config.resid_dropout == config.ffn_dropout == 0.1
 
 
 @pytest.mark.parametrize("size", CLASS_COUNTS)

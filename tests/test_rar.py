@@ -232,6 +232,7 @@ def test_dropout_acts_in_training_only(place):
     """
     model = TensorAR(tiny_rar(), presets.base())
     codes = tiny_codes(model.backbone, 3, 16)
+    assert RARConfig(**SIZES["B"]).dropout == RARConfig(**SIZES["B"]).attn_dropout == 0.1
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
