@@ -193,8 +193,10 @@ def test_sampling_settings_change_only_what_they_name(tmp_path):
     torch.save(backbone.official_state_dict(), tmp_path / "rar.bin")
     content = {"family": "rar", "weights": "rar.bin", "config": vars(backbone.config)}
     write_json(tmp_path / "config.json", {**content, "sampling": {"top_k": 7}})
-    own = load_backbone("rar", tmp_path).spec.sampling
+    loaded = load_backbone("rar", tmp_path)
+    own = loaded.spec.sampling
     assert own == replace(backbone.spec.sampling, top_k=7) and own.cfg_scale > 1
+    assert t2i.attach(loaded, t2i.presets.iclr2026()).sampling == own
 
 
 @pytest.mark.parametrize(
@@ -275,6 +277,9 @@ def test_the_grid_of_a_renamed_file_is_an_option(tmp_path):
         with pytest.raises(t2i.UserError, match=r"its grid is not .* --base\.grid HEIGHT WIDTH"):
             options.load(*options.check())
         options = replace(options, base=replace(options.base, grid=(4, 4)))
+        wide = replace(options, base=replace(options.base, grid=(2, 8)))
+        side = own.tokenizer.downsample
+        assert wide.load(*wide.check()).backbone.image_size == (2 * side, 8 * side)
         model = options.load(*options.check())
         assert model.backbone.spec.grid == (4, 4)
         folder = t2i.save_pretrained(model, tmp_path / "ckpt", tuning="codec")

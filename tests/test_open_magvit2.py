@@ -33,7 +33,7 @@ from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import sample_windows
+from t2i.tensorar.sampler import guidance_table, sample_windows
 from t2i.tuning import LoRAConfig
 
 PUBLISHED = {
@@ -94,6 +94,12 @@ def test_sizes_with_tensorar(preset, millions):
     """The papers' tables say 352M and 393M for size B (the second without rounding up)."""
     model = TensorAR(of_size("B"), presets.method(preset))
     assert count(model) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_one_sub_token_alone_may_be_guided():
+    model = TensorAR(tiny_open_magvit2(), presets.base())
+    table = guidance_table(model, SamplingConfig(cfg_scale=(1.0, 2.0)))
+    assert torch.equal(table, torch.tensor([1.0, 2.0]).expand(16, 2))
 
 
 def test_own_drafts_have_independent_sub_tokens():
