@@ -308,6 +308,14 @@ def test_cached_features_are_those_of_the_same_settings(folder, broken, encoder,
     assert all(one != other for one, other in combinations(keys, 2))
 
 
+def test_an_encoder_in_shards_is_copied_whole(broken, encoder, tmp_path):
+    (broken / "model.safetensors").unlink()
+    encoder.model.save_pretrained(broken, max_shard_size="20KB")
+    T5Captions.load(broken).copy_files(tmp_path / "again")
+    copied = T5Captions.load(tmp_path / "again", max_tokens=12)
+    assert all(map(torch.equal, copied.encode(CAPTIONS), encoder.encode(CAPTIONS)))
+
+
 # -- the tiny encoder ---------------------------------------------------------
 
 

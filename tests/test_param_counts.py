@@ -2,6 +2,8 @@
 device.
 """
 
+from dataclasses import replace
+
 import pytest
 from helpers import count, on_meta
 
@@ -56,6 +58,21 @@ def test_settings_that_published_weights_do_not_tell(family):
     config = find_family(family).backbone_class.published_config(PUBLISHED[family], None)
     assert (config.norm_eps, config.rope_base) == (1e-5, 10000.0)
     assert config.token_dropout == config.resid_dropout == config.ffn_dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("stem", "own"),
+    [
+        ("c2i_B_256", {"cond": "class", "num_classes": 7}),
+        ("t2i_XL_stage1_256", {"cond": "text", "caption_tokens": 9, "caption_dim": 64}),
+    ],
+)
+def test_the_weights_and_a_given_grid_win_over_a_published_name(stem, own):
+    config = LlamaGenConfig(**SIZES[stem.split("_")[1]], grid=(2, 8), **own)
+    weights = on_meta(LlamaGen, config).official_state_dict()
+    found = LlamaGen.infer_config(weights, stem, (2, 8))
+    assert found == replace(config, ffn_dim=config.hidden_dim)
+    assert LlamaGen.published_config(stem, (2, 8)).grid == (2, 8)
 
 
 @pytest.mark.parametrize("size", CLASS_COUNTS)
