@@ -305,6 +305,9 @@ def test_a_reward_run_resumes_with_its_own_start_only(plain, copied, tiny_world,
     with pytest.raises(UserError, match=said):  # the reason why they are needed was missing
         train(replace(on, backbone=gone), RewardRun)
     moved = shutil.copytree(plain, tmp_path / "moved")
+    shutil.rmtree(moved / "training_state")  # the weights are the same, as in a run's best model
+    (moved / "manifest.json").unlink()
+    write_manifest(moved)
     train(replace(on, backbone=replace(base.backbone, weights=str(moved))), RewardRun)
 
 
