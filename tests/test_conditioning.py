@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,27 @@ def test_weights_hash_covers_the_files(folder, broken, encoder):
     changed = weights_hash(broken)
     (broken / "tokenizer.json").write_text((broken / "tokenizer.json").read_text() + " ")
     assert len({before, changed, weights_hash(broken)}) == 3
+
+
+def test_cached_features_are_those_of_the_same_settings(folder, broken, encoder, monkeypatch):
+    edit_weights(broken, lambda w: w["encoder.final_layer_norm.weight"].mul_(2))
+    others = (
+        T5Captions.load(folder, max_tokens=11),
+        T5Captions.load(folder, max_tokens=12, dtype=torch.bfloat16),
+        T5Captions.load(broken, max_tokens=12),
+    )
+    keys = [one.cache_key() for one in (encoder, *others)]
+    monkeypatch.setattr("t2i.models.llamagen.t5.CAPTION_CLEANING_VERSION", "another")
+    keys.append(encoder.cache_key())
+    assert all(one != other for one, other in combinations(keys, 2))
+
+
+def test_an_encoder_in_shards_is_copied_whole(broken, encoder, tmp_path):
+    (broken / "model.safetensors").unlink()
+    encoder.model.save_pretrained(broken, max_shard_size="20KB")
+    T5Captions.load(broken).copy_files(tmp_path / "again")
+    copied = T5Captions.load(tmp_path / "again", max_tokens=12)
+    assert all(map(torch.equal, copied.encode(CAPTIONS), encoder.encode(CAPTIONS)))
 
 
 # -- the tiny encoder ---------------------------------------------------------

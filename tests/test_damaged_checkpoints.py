@@ -157,6 +157,11 @@ def test_a_file_that_is_not_listed_is_not_read(plain, tmp_path):
         del manifest["files"]["codec.safetensors"]
     with pytest.raises(UserError, match=r"codec.safetensors is not in the manifest"):
         t2i.from_pretrained(folder)
+    folder = shutil.copytree(plain, tmp_path / "another")
+    (folder / "training_state" / "more.pt").touch()
+    checkpoint_folders.read_config(folder, contents=True)
+    with pytest.raises(UserError, match=r"more.pt is not in the manifest"):
+        checkpoint_folders.read_config(folder, with_state=True)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"tuning": "full", "backbone": 3}', "{"])

@@ -5,6 +5,7 @@ wrote it, and its upload can be tried again.
 import json
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_an_export_is_self_contained(family, tmp_path, monkeypatch):
         tuning = "lora"
     else:
         tuning = "full"
+    backbone.source = replace(backbone.source, text_encoder_dtype="bfloat16")
     model = t2i.attach(backbone, t2i.presets.iclr2026(k=2))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -92,7 +94,9 @@ def test_an_export_is_self_contained(family, tmp_path, monkeypatch):
     shutil.rmtree(checkpoint)
     moved = out.rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
-    drawn = t2i.generate(t2i.from_pretrained("moved"), prompts, progress=False)
+    loaded = t2i.from_pretrained("moved")
+    assert loaded.backbone.source.text_encoder_dtype == "bfloat16"
+    drawn = t2i.generate(loaded, prompts, progress=False)
     assert [i.tobytes() for i in drawn] == [i.tobytes() for i in expected]
     for file in moved.rglob("*"):
         if file.is_file():

@@ -13,6 +13,7 @@ import torch
 from helpers import (
     JANUS_PROMPTS,
     count,
+    edited,
     randomize,
     teacher_forced,
     text_logits,
@@ -34,7 +35,7 @@ from t2i.models.base import LoadOptions
 from t2i.models.janus import janus_config
 from t2i.models.janus.janus_config import JanusShape
 from t2i.models.janus.janus_model import Janus
-from t2i.models.janus.janus_prompts import BOS, PAD, JanusPrompts
+from t2i.models.janus.janus_prompts import BOS, EOS, PAD, JanusPrompts
 from t2i.sampling import DrawOptions, SamplingConfig
 from t2i.shapes.tiny_janus import build_tokenizer
 from t2i.sources import BackboneSource
@@ -115,8 +116,22 @@ def test_long_prompts_lose_the_end_of_their_caption_only(janus):
     whole = janus.prompts.encode([JANUS_PROMPTS[1]])[0]
     assert len(long) == 12 and long == other and long[-4:] == whole[-4:] and long[:8] == whole[:8]
     assert prompts.notes(["a", JANUS_PROMPTS[1]]) == [[], ["caption cut to 12 tokens"]]
+    for limit in (len(whole), len(whole) - 1):
+        prompts.max_tokens = limit
+        assert len(prompts.encode([JANUS_PROMPTS[1]])[0]) == limit
+        assert bool(*prompts.notes([JANUS_PROMPTS[1]])) == (limit < len(whole))
     with pytest.raises(ValueError, match="list of strings"):
         prompts.encode("a red circle")
+
+
+def test_prompts_leave_room_for_the_image(copy):
+    with edited(copy / "config.json") as config:
+        config["text_config"]["max_position_embeddings"] = 40
+    janus = Janus.load(copy, LoadOptions(grid=(2, 4), generation_only=True))
+    assert janus.spec.grid == (2, 4)
+    assert janus.spec.prefix_tokens == janus.prompts.max_tokens == 32
+    with pytest.raises(UserError, match="lacks parts of the published folder"):
+        janus.save_official(copy, torch.float32)
 
 
 def test_padding_is_masked_but_unconditional_padding_is_attended_to(janus):
@@ -515,6 +530,7 @@ def test_transformers_draws_with_the_settings_that_are_written(janus, tmp_path, 
         janus.spec = usual
     stored = json.loads((tmp_path / "generation_config.json").read_text())
     assert {name: stored[name] for name in written} == written
+    assert stored["eos_token_id"] == janus.prompts.token_id(EOS)
     theirs = JanusForConditionalGeneration.from_pretrained(tmp_path)
     ids = torch.tensor([janus.prompts.encode(["a red circle"])[0]])
     some = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "generation_mode": "image"}

@@ -81,13 +81,20 @@ def test_one_folder_finds_all_moved_files(trained, tmp_path):
         assert [i.tobytes() for i in drawn] == [i.tobytes() for i in expected]
 
 
-@pytest.mark.parametrize("base", ["elsewhere", "elsewhere/gpt.pt"])
-def test_moved_files_may_be_given_by_a_relative_path(trained, tmp_path, monkeypatch, base):
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"base": "elsewhere"},
+        {"base": "elsewhere/gpt.pt"},
+        {"base": "elsewhere", "tokenizer": "elsewhere/tokenizers/vq.pt"},
+    ],
+)
+def test_moved_files_may_be_given_by_a_relative_path(trained, tmp_path, monkeypatch, places):
     """A checkpoint saved from a model loaded this way loads from any working directory."""
     files, folder, _ = trained
     files.rename(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
-    model = t2i.from_pretrained(folder, base=base)
+    model = t2i.from_pretrained(folder, **places)
     again = t2i.save_pretrained(model, tmp_path / "again", tuning="codec")
     monkeypatch.chdir("/")
     assert_same_weights(t2i.from_pretrained(again).state_dict(), model.state_dict())
@@ -186,8 +193,10 @@ def test_sampling_settings_change_only_what_they_name(tmp_path):
     torch.save(backbone.official_state_dict(), tmp_path / "rar.bin")
     content = {"family": "rar", "weights": "rar.bin", "config": vars(backbone.config)}
     write_json(tmp_path / "config.json", {**content, "sampling": {"top_k": 7}})
-    own = load_backbone("rar", tmp_path).spec.sampling
+    loaded = load_backbone("rar", tmp_path)
+    own = loaded.spec.sampling
     assert own == replace(backbone.spec.sampling, top_k=7) and own.cfg_scale > 1
+    assert t2i.attach(loaded, t2i.presets.iclr2026()).sampling == own
 
 
 @pytest.mark.parametrize(
@@ -268,6 +277,9 @@ def test_the_grid_of_a_renamed_file_is_an_option(tmp_path):
         with pytest.raises(t2i.UserError, match=r"its grid is not .* --base\.grid HEIGHT WIDTH"):
             options.load(*options.check())
         options = replace(options, base=replace(options.base, grid=(4, 4)))
+        wide = replace(options, base=replace(options.base, grid=(2, 8)))
+        side = own.tokenizer.downsample
+        assert wide.load(*wide.check()).backbone.image_size == (2 * side, 8 * side)
         model = options.load(*options.check())
         assert model.backbone.spec.grid == (4, 4)
         folder = t2i.save_pretrained(model, tmp_path / "ckpt", tuning="codec")
@@ -328,6 +340,7 @@ def test_links_to_files_named_by_a_hash_load(tmp_path):
     loaded = load_backbone("rar", links / "rar.bin", **given)
     assert loaded.source.weights == str(links / "rar.bin")
     assert loaded.source.tokenizer == str(links / "vq.bin")
+    assert loaded.source.config == asdict(loaded.config), "fine-tuned weights have another name"
     model = t2i.attach(loaded, t2i.presets.iclr2026(k=2))
     folder = t2i.save_pretrained(model, tmp_path / "checkpoint", tuning="codec")
     links = links.rename(tmp_path / "moved")
@@ -335,6 +348,16 @@ def test_links_to_files_named_by_a_hash_load(tmp_path):
     assert moved.backbone.source.weights == str(links / "rar.bin")
     options = ModelOptions(base=BaseOptions(family="rar", weights=str(links / "rar.bin")))
     assert options.name() == "rar"
+
+
+def test_given_files_replace_those_of_a_backbone_folder(tmp_path):
+    folder = write_tiny_base(tmp_path / "base")
+    encoder = shutil.copytree(folder / "text_encoder", tmp_path / "mine")
+    own = {k: v + 1 for k, v in torch.load(folder / "vq.pt").items()}
+    torch.save(own, tmp_path / "mine.pt")
+    loaded = load_backbone("llamagen", folder, tokenizer=tmp_path / "mine.pt", text_encoder=encoder)
+    assert_same_weights(loaded.tokenizer.state_dict(), own)
+    assert loaded.frozen.text_encoder.folder == encoder
 
 
 def test_a_text_encoder_that_does_not_fit_is_refused(tmp_path):

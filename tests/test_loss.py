@@ -98,6 +98,21 @@ def test_a_frozen_head_gets_no_gradient():
     assert not each[0].requires_grad
 
 
+def test_gradients_of_bf16_heads_are_summed_in_fp32(monkeypatch):
+    """In bf16 a sum of equal numbers stops growing at 256 of them."""
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(loss, "ROWS_AT_ONCE", 1)
+    head = torch.nn.Linear(4, 3).bfloat16()
+    x, codes = torch.ones(1000, 4, dtype=torch.bfloat16), torch.zeros(1000, dtype=torch.long)
+    rows = [loss.Rows(x, codes, torch.full((1000,), 1e-3), 1)]
+    loss.cross_entropy(head, rows, 3, usable=True)[0].backward()
+    found = [p.grad.float() for p in head.parameters()]
+    head.zero_grad()
+    F.cross_entropy(head(x[:1]).float(), codes[:1]).backward()
+    for summed, one in zip(found, head.parameters(), strict=True):
+        torch.testing.assert_close(summed, one.grad.float(), rtol=2e-2, atol=0)
+
+
 def test_slot_zero_is_computed_apart_from_drafts(monkeypatch):
     """Its chunks hold the same rows as in the base model, so its results have the same bits."""
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * 20)

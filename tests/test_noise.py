@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import tiny_codes, tiny_llamagen, tiny_open_magvit2
 
 from t2i.rng import fold, integers, make_keys
+from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.noise import (
@@ -14,6 +15,7 @@ from t2i.tensorar.noise import (
     corrupt_codebook,
     schedule_strengths,
 )
+from t2i.tensorar.sampler import new_drawing
 
 TABLES = {  # b(j) for k = 4
     "linear": [0, 0.25, 0.5, 0.75],
@@ -122,6 +124,16 @@ def test_bit_noise_flips_each_bit_independently():
         off_diagonal = flips[:, :, j].flatten(0, 1).T.corrcoef() - torch.eye(18)
         assert off_diagonal.abs().max() < 0.07
     assert (noised >= 0).all() and noised[..., 0].max() == 63 and noised[..., 1].max() > 4000
+
+
+def test_renoising_keeps_final_slots_and_scales_the_strength_of_the_others():
+    model = TensorAR(tiny_llamagen("class"), presets.iclr2026())
+    windows, keys = torch.full((100, 60, 3, 1), 7), make_keys(0, torch.arange(100))
+    config = SamplingConfig(window=3, stride=2, renoise=0.5)
+    drawing = new_drawing(model, None, keys, torch.zeros(8, 100, 3, 1).long(), config)
+    changed = (drawing.corrupt(windows, keys) != windows).float().mean((0, 1))
+    rate = 0.5 * schedule_strengths("exponential", 4)[2] * (1 - 1 / 48)
+    assert changed[:, 0].tolist() == [0, 0, pytest.approx(rate, abs=0.03)]
 
 
 @pytest.mark.parametrize("kind", ["bits", "vectors"])

@@ -23,7 +23,6 @@ from t2i.loading import tokenizer_hash
 from t2i.lora import add_lora
 from t2i.models.base import LoadOptions
 from t2i.models.open_magvit2.open_magvit2_model import (
-    SAMPLING,
     SIZES,
     ARCheckpoint,
     OpenMAGVIT2,
@@ -34,9 +33,15 @@ from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import sample_windows
+from t2i.tensorar.sampler import guidance_table, sample_windows
 from t2i.tuning import LoRAConfig
 
+PUBLISHED = {
+    "B": ((1.9, 2.0), 1.0),
+    "L": ((1.9, 1.9), (1.1, 1.0)),
+    "XL": ((1.75, 1.85), (1.1, 1.0)),
+}
+"""Guidance and temperature by sub-token behind the published FID (SEED-Voken `sample_gpu.sh`)."""
 COUNTS = {"B": 343_570_432, "L": 804_362_240, "XL": 1_486_679_040}
 
 
@@ -51,7 +56,8 @@ def of_size(size: str) -> OpenMAGVIT2:
 def test_sizes(size):
     backbone = of_size(size)
     assert count(backbone) == COUNTS[size]
-    assert backbone.spec.sampling == SAMPLING[size]
+    scale, temperature = PUBLISHED[size]
+    assert backbone.spec.sampling == SamplingConfig(cfg_scale=scale, temperature=temperature)
     assert OpenMAGVIT2.infer_config(backbone.official_state_dict(), "", None) == replace(
         backbone.config, ffn_dim=backbone.config.hidden_dim
     )
@@ -88,6 +94,21 @@ def test_sizes_with_tensorar(preset, millions):
     """The papers' tables say 352M and 393M for size B (the second without rounding up)."""
     model = TensorAR(of_size("B"), presets.method(preset))
     assert count(model) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_one_sub_token_alone_may_be_guided():
+    model = TensorAR(tiny_open_magvit2(), presets.base())
+    table = guidance_table(model, SamplingConfig(cfg_scale=(1.0, 2.0)))
+    assert torch.equal(table, torch.tensor([1.0, 2.0]).expand(16, 2))
+
+
+def test_own_drafts_have_independent_sub_tokens():
+    model = TensorAR(tiny_open_magvit2(), presets.iclr2026()).eval()
+    with torch.no_grad():
+        for weight in model.backbone.transformer.head.parameters():
+            weight.zero_()  # all codes are equally likely
+    codes = model.draw(torch.zeros(500, 32), make_keys(0, torch.arange(500)))
+    assert codes.T.float().corrcoef()[0, 1].abs() < 0.15
 
 
 # -- files ----------------------------------------------------------------------------------------

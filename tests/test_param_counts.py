@@ -2,9 +2,12 @@
 device.
 """
 
+from dataclasses import replace
+
 import pytest
 from helpers import count, on_meta
 
+from t2i.models.families import find_family
 from t2i.models.llamagen.llamagen_model import SIZES, LlamaGen, LlamaGenConfig
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
@@ -20,6 +23,7 @@ CLASS_COUNTS = {
     "3B": 3_096_659_200,
     "7B": 6_614_589_440,
 }
+PUBLISHED = {"llamagen": "c2i_B_256", "open_magvit2": "AR_256_B"}
 TEXT_COUNTS = {
     "B": 112_282_368,
     "L": 345_031_680,
@@ -46,6 +50,29 @@ def of_size(size: str, cond: str = "class") -> LlamaGen:
 def test_default_sampling_is_the_published_one(size, cond, sampling):
     """Of the official `sample_t2i.py`, and of the FIDs in `GETTING_STARTED.md`."""
     assert of_size(size, cond).spec.sampling == sampling
+
+
+@pytest.mark.parametrize("family", ["llamagen", "open_magvit2"])
+def test_settings_that_published_weights_do_not_tell(family):
+    """The authors' own; with others the weights would load all the same."""
+    config = find_family(family).backbone_class.published_config(PUBLISHED[family], None)
+    assert (config.norm_eps, config.rope_base) == (1e-5, 10000.0)
+    assert config.token_dropout == config.resid_dropout == config.ffn_dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("stem", "own"),
+    [
+        ("c2i_B_256", {"cond": "class", "num_classes": 7}),
+        ("t2i_XL_stage1_256", {"cond": "text", "caption_tokens": 9, "caption_dim": 64}),
+    ],
+)
+def test_the_weights_and_a_given_grid_win_over_a_published_name(stem, own):
+    config = LlamaGenConfig(**SIZES[stem.split("_")[1]], grid=(2, 8), **own)
+    weights = on_meta(LlamaGen, config).official_state_dict()
+    found = LlamaGen.infer_config(weights, stem, (2, 8))
+    assert found == replace(config, ffn_dim=config.hidden_dim)
+    assert LlamaGen.published_config(stem, (2, 8)).grid == (2, 8)
 
 
 @pytest.mark.parametrize("size", CLASS_COUNTS)

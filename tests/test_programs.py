@@ -328,6 +328,10 @@ def test_images_of_another_grid_are_not_continued(tiny_world, tmp_path, monkeypa
     rounded = ("--base.grid", 2, 8, "--base.text-encoder-dtype", "bfloat16")
     other = refused(generate, capsys, *to_o, *rounded)
     assert "model.text_encoder_dtype 'float32' there, 'bfloat16' now" in other
+    with monkeypatch.context() as patch:
+        patch.setitem(SIZES, "tiny", {"n_layer": 2, "n_head": 4, "dim": 64})
+        other = refused(generate, capsys, *to_o, "--base.grid", 2, 8)
+    assert "model.heads 2 there, 4 now" in other
     record = Path("o", GENERATION_FILE)
     before = read_json(record)
     del before["model"]  # as earlier versions wrote it: their folders are continued

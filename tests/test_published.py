@@ -208,3 +208,19 @@ def test_a_hub_that_does_not_answer_is_not_asked(at_port, monkeypatch, tmp_path)
     assert "models/jannus is neither a local folder nor a model on the hub" in str(caught.value)
     assert "(no connection to the hub, or no answer)" in str(caught.value)
     assert "perhaps you meant models/janus" in str(caught.value) and asked == [True]
+
+
+def test_a_model_is_fetched_with_the_first_kind_of_weights_it_has(monkeypatch, tmp_path):
+    """Large models are published in shards, which cannot be read without their index."""
+    asked = []
+    monkeypatch.setattr(
+        published, "fetch_folder", lambda _, patterns, **k: asked.append(patterns) or tmp_path
+    )
+    wanted = ("google/flan-t5-xl", ["config.json"], ["model*.safetensors", "pytorch_model*.bin"])
+    with pytest.raises(UserError, match=r"has none of model\*.safetensors, pytorch_model\*.bin"):
+        published.fetch_model(*wanted, advice="")
+    assert asked == [["config.json", w, f"{w}.index.json"] for w in wanted[2]]
+    (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
+    assert published.fetch_model(*wanted, advice="") == tmp_path and len(asked) == 4
+    (tmp_path / "model.safetensors").touch()
+    assert published.fetch_model(*wanted, advice="") == tmp_path and len(asked) == 5

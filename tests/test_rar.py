@@ -10,7 +10,7 @@ from helpers import count, on_meta, tiny_codes, tiny_prepared, tiny_rar
 
 import t2i
 from t2i.files import write_json
-from t2i.lora import add_lora
+from t2i.lora import _adapted_layers, add_lora
 from t2i.models.base import LoadOptions
 from t2i.models.rar.rar_model import RAR, SIZES, RARConfig
 from t2i.models.tokenizers.maskgit_vqgan import MaskGITConfig, MaskGITVQGAN
@@ -182,6 +182,17 @@ def test_lora_adapts_no_adaln_layers():
     assert not any("adaLN" in name for name in adapted)
 
 
+def test_every_setting_of_lora_is_used():
+    weights = []
+    for seed in (0, 0, 1):
+        add_lora(backbone := tiny_rar(), LoRAConfig(2, alpha=6.0, dropout=0.3), seed=seed)
+        (_, layer), *_ = _adapted_layers(backbone)
+        weights.append(layer.lora_A["default"].weight)
+        assert len(weights[-1]) == 2 and layer.scaling["default"] == 3.0
+        assert layer.lora_dropout["default"].p == 0.3
+    assert torch.equal(*weights[:2]) and not torch.equal(*weights[1:])
+
+
 def loss_of(model, codes, drop=None):
     condition = model.backbone.encode_condition(tiny_prepared(model.backbone, len(codes)), drop)
     return model(codes, condition, model.windows.gather(codes)).loss
@@ -221,6 +232,7 @@ def test_dropout_acts_in_training_only(place):
     """
     model = TensorAR(tiny_rar(), presets.base())
     codes = tiny_codes(model.backbone, 3, 16)
+    assert RARConfig(**SIZES["B"]).dropout == RARConfig(**SIZES["B"]).attn_dropout == 0.1
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

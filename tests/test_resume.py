@@ -4,6 +4,7 @@ averages, the best model, sheets.
 
 import logging
 import os
+import shutil
 import signal
 import sys
 from contextlib import nullcontext
@@ -42,6 +43,7 @@ from t2i.training.config import TrainConfig
 from t2i.training.logs import MetricsLog
 from t2i.training.loop import train
 from t2i.training.start import build_model
+from t2i.training.state import StoredState
 from t2i.training.training_run import BEST_BY, Run
 from t2i.training.validation import validate
 
@@ -83,7 +85,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tiny_world, monkeypatch):
         train(tiny_run(tiny_world, "ctrl-c", steps=2))
 
 
-def test_resume_refuses_another_run(tiny_world, plain):
+def test_resume_refuses_another_run(tiny_world, plain, tmp_path):
     def refused(message: str, **changes):
         with pytest.raises(ValueError, match=message):
             train(tiny_run(tiny_world, "plain", **{"resume": True, **changes}))
@@ -97,6 +99,12 @@ def test_resume_refuses_another_run(tiny_world, plain):
     report = check(tiny_run(tiny_world, "plain", resume=True))
     assert "all 3 steps are done" in report and report.endswith("would end at once")
     refused("already holds a run; give --resume", resume=False)
+    base = shutil.copytree(tiny_world / "base", tmp_path / "base")
+    (base / "gpt.pt").write_bytes(b"another")
+    refused("gpt.pt is not the weight file", steps=4, backbone__weights=str(base))
+    other = build_model(tiny_run(tiny_world, "-", method__k=2))
+    with pytest.raises(UserError, match=r"not match this model's trained parameters: codec\."):
+        StoredState(plain / "training_state", other)
     assert train(tiny_run(tiny_world, "plain", resume=True)) == plain, "nothing left to do"
 
 

@@ -76,11 +76,13 @@ def test_chunking_the_logits_changes_nothing(monkeypatch):
     windows = sampler.sample_windows(
         model, prepared, make_keys(0, torch.arange(4)), SamplingConfig()
     )
-    whole = score_codes(model, prepared, windows, SamplingConfig(2.0))
+    others = code_distributions(model, prepared, windows, SamplingConfig(3.0))
+    whole = score_codes(model, prepared, windows, SamplingConfig(2.0), others)
     monkeypatch.setattr(TensorAR, "windows_at_once", lambda self, slots: 5)
-    parts = score_codes(model, prepared, windows, SamplingConfig(2.0))
-    torch.testing.assert_close(parts.log_p, whole.log_p)
-    torch.testing.assert_close(parts.entropy, whole.entropy)
+    others = code_distributions(model, prepared, windows, SamplingConfig(3.0))
+    parts = score_codes(model, prepared, windows, SamplingConfig(2.0), others)
+    for name in ("log_p", "entropy", "divergence"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
 
 
 # -- the loss --------------------------------------------------------------------------------------

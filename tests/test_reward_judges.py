@@ -23,7 +23,15 @@ from t2i.reward.reward_options import RewardOptions
 from t2i.reward.reward_prompts import benchmark_hashes, prompt_hash, training_prompts
 from t2i.reward.reward_run import RewardRun
 from t2i.reward.reward_watch import benchmark_of, diversity
-from t2i.reward.rewards import DPGReward, GenEvalReward, load_rewards, own_function, soft_credit
+from t2i.reward.rewards import (
+    ClipReward,
+    DPGReward,
+    GenEvalReward,
+    load_rewards,
+    own_function,
+    soft_credit,
+)
+from t2i.sampling import SamplingConfig
 from t2i.shapes.scenes import Scene, SceneObject, render
 from t2i.shapes.shapes_detector import ShapesDetector
 from t2i.shapes.shapes_prompts import all_prompts, benchmark_prompts
@@ -55,6 +63,9 @@ TWO_AND_DOG = two_object("cat", "dog")
 TWO_AND_DOG = TWO_AND_DOG | {
     "include": [{"class": "cat", "count": 2}, {"class": "dog", "count": 1}]
 }
+TWO_RED_AND_DOG = TWO_AND_DOG | {
+    "include": [{"class": "cat", "count": 2, "color": "red"}, {"class": "dog", "count": 1}]
+}
 CATS = [("cat", 20 * i, 50, "red") for i in range(1, 5)]
 
 
@@ -70,6 +81,8 @@ CATS = [("cat", 20 * i, 50, "red") for i in range(1, 5)]
         (THREE, CATS[:3], 1),
         (THREE, CATS[:2], 0),
         (THREE, CATS, 0),
+        (TWO_RED_AND_DOG, CATS[:2], 0.25),
+        (TWO_RED_AND_DOG, CATS[:3], 0),
         (TWO_AND_DOG, CATS[:2], 0.25),
         (TWO_AND_DOG, CATS[:3], 0),  # the benchmark's rule alone would let a third pass
         (COLORED, [CAT, DOG], 1),
@@ -100,6 +113,20 @@ def test_rewards_of_pictures():
     assert found[BRIGHT] == list(brightness([RIGHT, WRONG], [entry] * 2))
     verdicts = geneval.score([RIGHT, WRONG], [entry] * 2, ShapesDetector()).verdicts
     assert found["geneval"] == [float(v.correct) for v in verdicts]
+
+
+def test_clips_reward_is_a_cosine():
+    """Of vectors that CLIP normalizes only if asked to."""
+
+    def encoded(rows, normalize=False):
+        found = torch.tensor([[3.0, 4.0]]).repeat(len(rows), 1)
+        return found / 5 if normalize else found
+
+    class Clip(torch.nn.Module):
+        encode_image = encode_text = staticmethod(encoded)
+
+    reward = ClipReward(Clip(), lambda texts: torch.zeros(len(texts), 77), CPU)
+    assert reward([RIGHT, WRONG], [{"prompt": "a"}] * 2) == pytest.approx([1, 1])
 
 
 def test_questions_of_a_users_file():
@@ -369,6 +396,15 @@ def test_a_users_prompts(tmp_path):
 def test_options_that_make_no_sense(options, words):
     with pytest.raises(UserError, match=words):
         RewardOptions(**options)
+
+
+def test_a_start_draws_as_the_run_where_nothing_else_is_said():
+    run = RewardOptions(cfg_scale=2.0, temperature=0.7)
+    assert run.teacher is None
+    guided, cooler = replace(run, start_cfg_scale=3.0), replace(run, start_temperature=0.5)
+    assert guided.teacher == SamplingConfig(3.0, temperature=0.7)
+    assert cooler.teacher == SamplingConfig(2.0, temperature=0.5)
+    assert run.sampling == guided.sampling == SamplingConfig(2.0, temperature=0.7)
 
 
 @pytest.mark.parametrize("name", ["geneval", "dpg"])

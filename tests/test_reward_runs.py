@@ -4,6 +4,7 @@ if a reward fails.
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import reward_functions
@@ -25,11 +26,14 @@ import t2i
 from launch import train_reward
 from t2i.checkpoint_folders import find_checkpoint, read_config, run_checkpoints
 from t2i.errors import Stopped, UserError
+from t2i.processes import ALONE
 from t2i.reward.reward_check import check
 from t2i.reward.reward_options import RewardConfig
+from t2i.reward.reward_prompts import training_prompts
 from t2i.reward.reward_recipes import recipes
 from t2i.reward.reward_run import RewardRun
-from t2i.sampling import SamplingOverrides
+from t2i.reward.reward_watch import WatchedBenchmarks
+from t2i.sampling import SamplingConfig, SamplingOverrides
 from t2i.training.loop import train
 from t2i.training.run_page import write_run_page
 
@@ -72,6 +76,19 @@ def test_what_a_run_writes(tiny_world):
         "one slider for each kind"
     )
     assert "reward/mean" in page and "Seconds of a step" in page
+
+
+def test_images_are_drawn_as_they_are_scored(tiny_world, monkeypatch):
+    """Those to learn from, and those of the watched benchmarks."""
+    given = {"reward__cfg_scale": 2.0, "reward__temperature": 0.7}
+    config = tiny_reward_run(tiny_world, "-", **given)
+    for part in ("reward_run", "reward_watch"):
+        monkeypatch.setattr(f"t2i.reward.{part}.draw_images", lambda *given, **_: [given[2]])
+    run = {"config": config, "processes": ALONE, "step": 0, "model": None}
+    pool = training_prompts(config.reward, 0)
+    (learned,) = RewardRun._draw(SimpleNamespace(**run, pool=pool))[2]
+    (watched,) = WatchedBenchmarks(config, None, ALONE)._draw(None, [])
+    assert learned.sampling == watched.sampling == SamplingConfig(2.0, temperature=0.7)
 
 
 def test_a_run_stopped_at_a_sheet_keeps_its_groups(tiny_world):
@@ -313,6 +330,7 @@ def test_own_prompts_of_a_shapes_base_get_its_judges(tmp_path):
         ),
         ("--reward.answerer mplug --reward.answerer-weights none", "none is not a file, a folder"),
         ("--reward.prompts own.txt", "which is not GenEval metadata"),
+        ("--reward.functions no_such:f", "no_such:f cannot be imported"),
     ],
 )
 def test_check_refuses_judges_as_training_does(refusal, options, words, tmp_path, monkeypatch):

@@ -16,8 +16,10 @@ import t2i
 from t2i.errors import UserError
 from t2i.evaluation.draw import PromptRequest
 from t2i.evaluation.places import GenerationFolder
+from t2i.export_folder import export
 from t2i.files import json_sha256, replacing_folder
 from t2i.manifest import refuse_in_checkpoint, write_manifest
+from t2i.model_options import ExportOptions
 from t2i.reward.reward_run import RewardRun
 from t2i.sampling import DrawOptions, SamplingConfig
 from t2i.tensorar.method import TensorARConfig
@@ -188,6 +190,8 @@ def test_no_output_into_the_folders_a_run_replaces(plain, copied, tiny_world, in
                 start(config)
     with pytest.raises(UserError, match=r"lies in .*, where a training run keeps"):
         GenerationFolder(place, [{"prompt": "a"}]).check({})
+    with pytest.raises(UserError, match=r"--out .* lies in .*, where a training run keeps"):
+        export(ExportOptions(plain, place / "new"))
     assert folder_content(place.parent) == before
 
 
@@ -301,6 +305,9 @@ def test_a_reward_run_resumes_with_its_own_start_only(plain, copied, tiny_world,
     with pytest.raises(UserError, match=said):  # the reason why they are needed was missing
         train(replace(on, backbone=gone), RewardRun)
     moved = shutil.copytree(plain, tmp_path / "moved")
+    shutil.rmtree(moved / "training_state")  # the weights are the same, as in a run's best model
+    (moved / "manifest.json").unlink()
+    write_manifest(moved)
     train(replace(on, backbone=replace(base.backbone, weights=str(moved))), RewardRun)
 
 

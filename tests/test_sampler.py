@@ -19,7 +19,7 @@ from t2i.errors import NotFiniteError, UserError
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig, SubTokenSampling
 from t2i.tensorar import presets, sampler
-from t2i.tensorar.drawing import candidates, likeliest, noise_keys, pick
+from t2i.tensorar.drawing import candidates, check_finite, likeliest, noise_keys, pick
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows, window_logits
 from t2i.tensorar.windows import Windows
@@ -288,11 +288,15 @@ def test_a_stride_above_the_window_size_is_refused(model):
 def test_images_of_numbers_that_are_not_finite_are_refused(model):
     """float16 overflows in many models, and what is drawn from NaN looks like an image."""
     prepared, keys = tiny_prepared(model.backbone, 2), make_keys(0, torch.arange(2))
+    *_, last = model.backbone.image_layers().values()
     with torch.no_grad():
-        next(iter(model.backbone.image_layers().values())).weight.fill_(torch.nan)
+        [*last.parameters()][-1].fill_(torch.nan)  # those of the last sub-token alone
     for settings in ({}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.9}):
         with pytest.raises(NotFiniteError, match="in float32, the model's outputs are NaN"):
             sample_windows(model, prepared, keys, SamplingConfig(**settings))
+    for total in (torch.inf, -torch.inf):
+        with pytest.raises(NotFiniteError, match="in float16"):
+            check_finite(torch.tensor(total), torch.float16)
 
 
 def test_training_mode_is_refused():

@@ -3,6 +3,7 @@ forcing.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from t2i.models.conditions import Condition
 from t2i.rng import make_keys
 from t2i.sampling import SamplingConfig
 from t2i.tensorar import presets
+from t2i.tensorar.codec import _attend, _attend_shared
+from t2i.tensorar.method import TensorARConfig
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import sample_windows
 
@@ -168,6 +171,18 @@ def test_training_can_leave_the_base(backbone):
         assert all(n.startswith("encoder.") for n in still) and (not gates_open or not still)
 
 
+def test_shared_queries_attend_as_others_do():
+    """Which of the two ways is taken depends on the device and the block."""
+    generator = torch.Generator().manual_seed(0)
+    q, read, own = (
+        torch.randn(shape, generator=generator)
+        for shape in ((3, 2, 4), (5, 6, 2, 2, 4), (3, 2, 2, 4))
+    )
+    valid = torch.rand(5, 6, generator=generator) < 0.5
+    for mask in (None, valid):
+        torch.testing.assert_close(_attend(q, read, own, mask), _attend_shared(q, read, own, mask))
+
+
 # -- steps and causality --------------------------------------------------------------------------
 
 
@@ -275,6 +290,15 @@ def test_with_a_stride_a_window_is_fed_once_per_final_code(backbone):
     torch.testing.assert_close(one, model.embed_windows(model.windows.gather(codes)[:, :1]))
 
 
+def test_a_window_of_fewer_slots_is_read_as_one_whose_others_are_unknown(backbone):
+    model = trained(backbone, k=4)
+    windows = model.windows.gather(codes_of(model))
+    known = torch.full((windows.shape[1],), 2)
+    torch.testing.assert_close(
+        model.embed_windows(windows[:, :, :2]), model.embed_windows(windows, known_n=known)
+    )
+
+
 def test_drafts_are_read(backbone):
     """With open gates, a draft changes the whole prediction of the next window, slot 0 included."""
     model = trained(backbone, k=2)
@@ -368,6 +392,26 @@ def test_residual_choices():
 def test_bad_methods(override):
     with pytest.raises(ValueError, match=next(iter(override)).split("_")[0]):
         TensorAR(tiny_llamagen("class"), presets.iclr2026(**override))
+
+
+def test_every_setting_of_the_presets():
+    paper = TensorARConfig(
+        k=4,
+        depth=1,
+        mlp=False,
+        residual="first",
+        noise="categorical",
+        schedule="exponential",
+        noise_floor=0.0,
+        own_drafts=0.0,
+        anneal=False,
+        detach=False,
+        slot_weights=(1.0,),
+    )
+    earlier = {"depth": 2, "mlp": True, "noise": "codebook", "schedule": "sine"}
+    assert presets.iclr2026() == paper and presets.arxiv2505() == replace(paper, **earlier)
+    assert presets.tuned() == replace(paper, slot_weights=(1.0, 0.03), own_drafts=0.5)
+    assert presets.base() == replace(paper, k=1)
 
 
 def test_bad_preset_and_missing_tokenizer():

@@ -16,7 +16,7 @@ from t2i.files import file_sha256, write_json
 from t2i.models.base import LoadOptions
 from t2i.models.llamagen.llamagen_model import LlamaGen
 from t2i.models.tokenizers.vq import VQTokenizer
-from t2i.weights import read_folder, read_state_dict, state_dict_sha256
+from t2i.weights import copy_weights, read_folder, read_state_dict, state_dict_sha256, weight_files
 
 CONFIG = tiny_config("text")
 
@@ -51,6 +51,7 @@ LAYOUTS = {
     "nested_the_other_way": lambda sd: {"state_dict": {"model": {"module": sd}}},
     "another_key": lambda sd: {"model_state_dict": sd, "epoch": 3, "optimizer": {"a": {}}},
     "averages_alone": lambda sd: {"ema": sd, "steps": 3},
+    "averages_too": lambda sd: {"ema": {k: v + 1 for k, v in sd.items()}, "model": sd},
     "averaged_model_of_ddp": lambda sd: {
         "n_averaged": torch.tensor(3),
         **{f"module.module.{k}": v for k, v in sd.items()},
@@ -72,7 +73,9 @@ def test_layouts_load(tmp_path, weights, layout):
         save_file(weights, path)
     else:
         torch.save(LAYOUTS[layout](weights), path)
-    loaded = LlamaGen.load(path, LoadOptions(CONFIG)).gpt.state_dict()
+    backbone = LlamaGen.load(path, LoadOptions(CONFIG))
+    assert not any(module.training for module in backbone.modules())
+    loaded = backbone.gpt.state_dict()
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[k], weights[k]) for k in weights)
 
@@ -91,6 +94,18 @@ def test_computed_tables_in_a_file_are_ignored(tmp_path, name, shapes_only):
     weights = {key: torch.ones(2) for key in (*computed, "norm.weight")}
     (torch.save if name.endswith("bin") else save_file)(weights, tmp_path / name)
     assert list(read_folder(tmp_path, shapes_only=shapes_only)) == ["norm.weight"]
+
+
+def test_shards_have_an_order_and_no_key_in_common(tmp_path):
+    """Their order enters the hash of a base, which must be the same in every process."""
+    names = [f"model-{i}.safetensors" for i in range(20)]
+    for name in names:
+        save_file({name: torch.ones(2)}, tmp_path / name)
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {n: n for n in names}})
+    assert [path.name for path in weight_files(tmp_path)] == sorted(names)
+    save_file({names[0]: torch.zeros(2)}, tmp_path / names[1])
+    with pytest.raises(UserError, match=r"another shard has, too: model-0.safetensors"):
+        read_folder(tmp_path)
 
 
 def test_old_pickles_load(tmp_path, weights):
@@ -275,6 +290,9 @@ def test_numbers_that_are_not_finite_are_named(tmp_path, weights, number):
     torch.save(bad, tmp_path / "bad.pt")
     with pytest.raises(UserError, match=r"bad.pt holds numbers.* not finite \(output.weight\)"):
         LlamaGen.load(tmp_path / "bad.pt", LoadOptions(CONFIG))
+    # The way of adapters and image layers:
+    with pytest.raises(UserError, match=r"bad.pt holds numbers.* not finite \(output.weight\)"):
+        copy_weights({k: v.clone() for k, v in weights.items()}, bad, "bad.pt")
 
 
 def test_unpublished_shape_needs_a_config(tmp_path, weights):
