@@ -11,12 +11,15 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 from torch import nn
 
 from t2i import products
@@ -482,6 +485,16 @@ def test_the_lock_installs_on_any_machine():
     for line in lines[1:]:
         assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line
         assert not line.startswith(("nvidia-", "cuda-", "triton")), line
+
+
+def test_the_lock_installs_on_any_python_that_the_kit_accepts():
+    """One locked package needed Python 3.11.5, so the README's commands failed on Debian 12."""
+    oldest = re.search(r'requires-python = ">=(3\.\d+)"', (ROOT / "pyproject.toml").read_text())[1]
+    for package, version in required("requirements.lock").items():
+        with suppress(PackageNotFoundError):
+            if (found := distribution(package)).version == version:
+                accepted = SpecifierSet(found.metadata["Requires-Python"] or "")
+                assert f"{oldest}.0" in accepted, f"lock an older {package}, in .ci/lock too"
 
 
 def test_users_do_not_install_development_tools():
