@@ -270,7 +270,7 @@ class Scorer:
         found: dict[str, Any] = run.validate()
         run.model.eval()
         shown = [entry["prompt"] for entry in self.prompts[:: max(1, len(self.prompts) // 14)]][:14]
-        with run.averaged():
+        with run.average.applied():
             found |= self.watch(run.model)
             for way, sampling in {"unguided": unguided, "guided": run.model.sampling}.items():
                 how = {"samples": options.samples, "sampling": sampling}

@@ -259,7 +259,7 @@ class RewardRun(Run):
     def validate(self) -> dict[str, float]:
         """The held-out losses, and the metrics of `t2i.reward.reward_watch`."""
         found = super().validate()
-        with self.averaged():
+        with self.average.applied():
             found |= self.watcher(self.model) | text_kl(self.model, self.start)
         return found
 

@@ -39,7 +39,7 @@ class Average:
     @contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """Give the model the averaged weights for the duration of the context."""
+        """A context in which the model has the averaged weights, if there are any."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._copy(self.weights)
         try:

@@ -21,6 +21,7 @@ from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.sampling import SamplingConfig
 from t2i.tensorar.loss import rows_at_once
 from t2i.tensorar.model import TensorAR
+from t2i.tensorar.sampler import guidance_table
 from t2i.training.config import TrainConfig
 from t2i.training.engine import bucket_size, deepspeed_config
 from t2i.training.examples import encoded_at_once
@@ -183,9 +184,7 @@ def _optimizer_bytes(
 
 def cache_bytes(model: TensorAR, sampling: SamplingConfig, images: int) -> int:
     """Bytes of the cache of keys and values while this many images are drawn at once."""
-    guided = any(
-        own.cfg_scale != 1 for own in sampling.by_sub_token(len(model.backbone.spec.subvocabs))
-    )
+    guided = guidance_table(model, sampling) is not None
     length = prompt_length(model.backbone) + model.windows.count - 1
     one = model.backbone.new_cache(1, 1)  # one entry more than its length
     entry = sum(t.nbytes for t in (*one.keys, *one.values)) // 2

@@ -4,7 +4,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import reduce
 from operator import add
@@ -226,7 +225,7 @@ class Run:
 
     def validate(self) -> dict[str, float]:
         """Held-out losses; every rank calls it."""
-        with self.averaged(), autocast(self.config.engine.precision, self.processes.device):
+        with self.average.applied(), autocast(self.config.engine.precision, self.processes.device):
             metrics = validate(self.model, self.data).metrics()
         if not all(map(math.isfinite, metrics.values())):
             raise NotFiniteError(
@@ -254,7 +253,7 @@ class Run:
         prompts, model = self.prompts, self._whole_model().eval()
         # Eager, since the faster ways keep memory between sheets.
         drawing = DrawOptions(batch_size=sheet_images(model, len(prompts)), speed="eager")
-        with self.averaged():
+        with self.average.applied():
             drawn = draw_images(
                 model, prompts, drawing, samples_per_prompt=SHEET_IMAGES, progress=False
             )
@@ -290,10 +289,6 @@ class Run:
                 f"weights are not finite after step {self.step}, so they are not saved; "
                 f"{run_state.advice(self.config.run_dir)}"
             )
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """A context in which the model has the averaged weights, if there are any."""
-        return self.average.applied()
 
     def save(self) -> Path:
         """Write a checkpoint folder and delete the oldest ones."""
