@@ -125,7 +125,7 @@ def examine(
     """All numbers of the page, and the images that the model drew for them."""
     from launch.measure.cost import FORMULAS, cost_of
     from t2i.evaluation.evidence import known_means, loss_difference, of_drawn, of_known, repairs
-    from t2i.generation import draw_images, parse_conditions
+    from t2i.generation import draw_images, images_per_batch, parse_conditions
 
     model, control = models["model"], models.get("control")
     missing = list(_unlike(options, models))
@@ -146,7 +146,7 @@ def examine(
             "about": options[who].name(),
             **options[who].about(one),
             "sampling": asdict(sampling),
-            "drawn": of_drawn(one, drawn, sampling, config.batch_size),
+            "drawn": of_drawn(one, drawn, sampling, images_per_batch(one, drawing)),
             "known": known_means(known[who]),
         }
     if "stages" not in facts["model"]["drawn"]:

@@ -43,8 +43,8 @@ class ClassConfig(DrawingModelOptions):
     images: tyro.conf.OmitArgPrefixes[ClassImages] = field(default_factory=ClassImages)
     seed: int = 0
     """Seed of drawing; each image depends on the seed and on its own number only."""
-    batch_size: int = 64
-    """Images drawn at once, per process."""
+    batch_size: int | None = None
+    """Images drawn at once, per process; None: 64, or fewer if the GPU has too little memory."""
 
 
 def main() -> None:
@@ -61,7 +61,9 @@ def main() -> None:
         def claim() -> None:
             held.enter_context(owning(place[0], "image set", place[1]))
             known = {"count": config.images.count, "labels": config.images.labels}
-            known |= {"seed": config.seed, "batch_size": config.batch_size}
+            known["seed"] = config.seed
+            if config.batch_size is not None:
+                known["batch_size"] = config.batch_size
             numbered_place(out, config.images.count).check(known)
 
         processes.on_main(claim)

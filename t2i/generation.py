@@ -25,6 +25,7 @@ from t2i.sampling import (
     check_whole,
 )
 from t2i.tensorar.model import TensorAR
+from t2i.tensorar.room import gpu_bytes, images_that_fit
 from t2i.tensorar.sampler import drawn_windows, sample_windows
 from t2i.tensorar.speed import choose
 from t2i.tensorar.windows import Windows
@@ -38,6 +39,8 @@ nor in compiled steps whose products torch generates. It is a fixed rule, not a 
 so that a command draws the same bits every time.
 """
 
+IMAGES_AT_ONCE = 16
+"""Images of prompts that are usually drawn at once."""
 _MOST_WARNINGS = 20
 """Most warnings about prompts read only in part: more would hide everything else in the log."""
 _MOST_IMAGES = 10_000_000
@@ -115,7 +118,7 @@ def draw_images(
     geometry = drawn_windows(model, sampling)
     jobs = all_jobs(range(len(prompts)), samples_per_prompt) if jobs is None else list(jobs)
     _warn_of_prompts(model.backbone, [prompts[p] for p in sorted({p for p, _ in jobs})])
-    batch_size = max(1, min(options.batch_size, len(jobs)))
+    batch_size = max(1, min(images_per_batch(model, options), len(jobs)))
     # The length for all prompts, not only this batch's or process's: padding is masked, but its
     # length affects rounding.
     length = model.backbone.prefix_length(prompts)
@@ -181,6 +184,22 @@ def choose_run(
     if pays and speed == "compiled":
         pays = not generates_products(next(model.parameters()).dtype)
     return speed, SPECULATION_PAYS[speed] if pays else 0
+
+
+def images_per_batch(model: TensorAR, options: DrawOptions, usual: int = IMAGES_AT_ONCE) -> int:
+    """How many images are drawn at once: as the options say, or else `usual`, or as many as fit.
+
+    The size of the GPU decides, not what is free on it, so a command draws the same batches every
+    time.
+    """
+    if options.batch_size is not None:
+        return options.batch_size
+    if (memory := gpu_bytes(model.backbone.device)) is None:
+        return usual
+    fitting = images_that_fit(model, options.sampling or model.sampling, memory)
+    if fitting < usual:
+        log.info(f"drawing {fitting} images at once: the GPU has too little memory for {usual}")
+    return min(fitting, usual)
 
 
 def check_request(
@@ -253,7 +272,7 @@ def generate(
     seed: int = 0,
     samples_per_prompt: int = 1,
     sampling: SamplingConfig | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
     """Draw images of prompts: PIL images, RGB, prompt by prompt.
@@ -264,7 +283,7 @@ def generate(
         seed: an image depends only on (seed, prompt index, sample index).
         samples_per_prompt: images of each prompt.
         sampling: how codes are drawn; the model's own settings (`model.sampling`) if None.
-        batch_size: images drawn at once.
+        batch_size: images drawn at once; None: 16, or fewer if the GPU has too little memory.
         progress: show a bar.
 
     Raises:

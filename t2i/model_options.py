@@ -229,8 +229,8 @@ class DrawingModelOptions(ModelOptions):
 
     seed: int = 0
     """Random seed. An image depends only on the seed, its prompt index and its sample index."""
-    batch_size: int = 16
-    """Images drawn at once, per process."""
+    batch_size: int | None = None
+    """Images drawn at once, per process; None: 16, or fewer if the GPU has too little memory."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOverrides] = field(
         default_factory=SamplingOverrides
     )

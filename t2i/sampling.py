@@ -170,8 +170,10 @@ class DrawOptions:
     seed: int = 0
     sampling: SamplingConfig | None = None
     """How codes are drawn; the model's own settings if None."""
-    batch_size: int = 16
-    """Images per batch; it affects only rounding."""
+    batch_size: int | None = None
+    """Images per batch, which affects only rounding; None: 16 (64 of classes), or fewer if the GPU
+    has too little memory.
+    """
     stages: bool = False
     """Also keep every refinement stage."""
     speed: Speed | None = None
@@ -189,7 +191,6 @@ class DrawOptions:
                 f"sampling is {self.sampling!r:.80}: give a t2i.SamplingConfig, "
                 "or change the model's own with dataclasses.replace(model.sampling, ...)"
             )
-        check_whole(batch_size=self.batch_size)
         check_counts(_MOST_ROWS, batch_size=self.batch_size)
         check_seed(self.seed)
         check_speculate(0 if self.speculate is None else self.speculate)

@@ -94,7 +94,7 @@ def test_an_unknown_argument_names_the_called_function(model):
         ((None, None), {}, "prompts must be a list, but are None"),
         ((None, torch.tensor(3)), {}, r"prompts must be a list, but are tensor\(3\)"),
         ((None, np.ones((2, 1), int)), {}, "prompts must be a list, but are array"),
-        ((None, [1]), {"batch_size": None}, "batch_size=None must be a whole number"),
+        ((None, [1]), {"batch_size": "4"}, "batch_size='4' must be a whole number"),
         ((None, [1]), {"sampling": {"top_k": 3}}, "sampling is .*give a t2i.SamplingConfig"),
         ((None, [1]), {"seed": "3"}, "seed='3' must be a whole number"),
         ((None, [1]), {"samples_per_prompt": 0}, "must be at least 1"),

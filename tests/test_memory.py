@@ -10,10 +10,13 @@ import torch
 from runs import tiny_run
 from test_recipes import ALL
 
+from t2i import generation
+from t2i.generation import generate
 from t2i.models import base
-from t2i.tensorar import codec, sampler
+from t2i.tensorar import codec, room, sampler
+from t2i.tensorar.room import cache_bytes, images_that_fit
 from t2i.training import memory
-from t2i.training.memory import _condition, cache_bytes, estimate, sheet_images
+from t2i.training.memory import _condition, estimate, sheet_images
 from t2i.training.size_report import _fits
 from t2i.training.start import build_model
 from t2i.training.training_run import Run
@@ -187,6 +190,52 @@ def test_a_cache_is_as_large_as_estimated(tiny_world):
         own = sum(t.nbytes for t in (*state.cache.keys, *state.cache.values))
         assert len(state.cache.keys[0]) == rows
         assert cache_bytes(model, config, 3) == own
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "images"),
+    [
+        ("janus-pro-1b-small-data", 8, 9),
+        ("janus-pro-1b-small-data", 16, 36),
+        ("janus-pro-7b-small-data", 16, 1),
+        ("janus-pro-7b-small-data", 24, 9),
+        ("janus-pro-7b-small-data", 80, 83),
+    ],
+)
+def test_how_many_images_fit_a_card(name, memory, images):
+    """0.28 (1B) or 0.69 GB (7B) each, beside weights of 3.1 or 13.5 GB and the decoder's maps."""
+    model = build_model(ALL[name], device="meta").bfloat16()
+    assert images_that_fit(model, model.sampling, memory << 30) == images
+
+
+def test_a_small_gpu_draws_fewer_images_at_once(tiny_world, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    model = build_model(tiny_run(tiny_world, "-")).eval()
+    sizes, sample = [], generation.sample_windows
+    monkeypatch.setattr(
+        generation,
+        "sample_windows",
+        lambda m, p, keys, *a: sizes.append(len(keys)) or sample(m, p, keys, *a),
+    )
+    prompts = ["a red circle"] * 20
+
+    def draw(memory: int | None, **options) -> list[bytes]:
+        sizes.clear()
+        monkeypatch.setattr(generation, "gpu_bytes", lambda device: memory)
+        return [image.tobytes() for image in generate(model, prompts, progress=False, **options)]
+
+    usual = draw(None)
+    assert sizes == [16, 16]
+    assert draw(80 << 30) == usual and sizes == [16, 16]
+    monkeypatch.setattr(room, "_DECODING", 0)
+    weights, one = room._weight_bytes(model), cache_bytes(model, model.sampling, 1)
+    assert weights > sum(p.nbytes for p in model.parameters()), "and the tokenizer's"
+    small = draw(int((weights + 7.5 * one) / room._SHARE))
+    assert sizes == [7, 7, 7] and "drawing 7 images at once: the GPU has too little" in caplog.text
+    assert small == draw(None, batch_size=7)
+    draw(1)
+    assert sizes == [1] * 20
+    assert draw(1, batch_size=16) == usual and sizes == [16, 16]
 
 
 def test_sheets_are_drawn_in_parts_if_their_cache_is_large(tiny_world, monkeypatch):

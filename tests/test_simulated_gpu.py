@@ -209,6 +209,36 @@ def test_drawing_in_bf16(plain, simulate, tiny_world, tmp_path):
     assert images(tmp_path / "drawn")
 
 
+def test_a_small_gpu_judges_what_it_has_drawn(simulate, tmp_path):
+    """It draws as many images at once as it has room for. The judge comes there when everything is
+    drawn and the model is gone, but is tried before.
+    """
+    (tmp_path / "judge.py").write_text(f"""if True:
+        import gc, json, pathlib, sys, torch
+        from types import SimpleNamespace
+
+        from geneval import detectors, run
+        from t2i.tensorar import room
+        from t2i.tensorar.model import TensorAR
+
+        out, seen, load = pathlib.Path("{tmp_path}/out"), [], detectors.load_detector
+        room.gpu_bytes = lambda device: 1
+
+        def load_detector(name, *, device, **options):
+            gc.collect()
+            models = sum(isinstance(o, TensorAR) for o in gc.get_objects())
+            seen.append((torch.device(device).type, models, len([*out.rglob("0000?.png")])))
+            return load(name, device=device, **options)
+
+        detectors.load_detector = load_detector
+        sys.argv[1:] = f"--ckpt shapes --prompts shapes --limit 1 --samples 2 --out {{out}}".split()
+        run.main()
+        assert seen == [("cpu", 1, 0), ("cuda", 0, 2)], seen
+        assert json.loads((out / "images/generation.json").read_text())["batch_size"] == 1
+    """)
+    simulate(tmp_path / "judge.py")
+
+
 def test_published_files_can_be_read_without_a_gpu(simulate, tmp_path):
     """Tensors of a GPU are never pickled."""
     (tmp_path / "publish.py").write_text(f"""if True:

@@ -20,7 +20,16 @@ from t2i.errors import UserError
 from t2i.evaluation.evaluation_options import ClassImages
 from t2i.evaluation.places import GenerationFolder, ImageArray, NumberedImages, Place
 from t2i.files import json_sha256, saving
-from t2i.generation import Drawn, Job, asked_ahead, choose_run, draw_images, parse_conditions
+from t2i.generation import (
+    IMAGES_AT_ONCE,
+    Drawn,
+    Job,
+    asked_ahead,
+    choose_run,
+    draw_images,
+    images_per_batch,
+    parse_conditions,
+)
 from t2i.models.base import Backbone
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
@@ -36,6 +45,8 @@ log = logging.getLogger(__name__)
 _NAMED = {"prompts", "seed", "sampling", "noise", "dtype", "weights", "method"}
 """The settings that name a folder by default."""
 _MUST_MATCH = _NAMED | {"model"}
+_CLASSES_AT_ONCE = 64
+"""Images of classes that are usually drawn at once."""
 _WRITERS = 4
 """Threads that write the images of a batch."""
 _CODES = 1
@@ -103,13 +114,27 @@ def _claim(
     If the kit chooses the speculation ("auto"), a resumed run and the other processes use the
     recorded choice, so that they draw with the same matrix products.
     """
-    speed, ahead = choose_run(model, options, batches, options.batch_size)
+    speed, ahead = choose_run(model, options, batches, settings["batch_size"])
     auto = asked_ahead(model, options) == "auto"
     compared = compared if auto else compared | {"speculate"}
     recorded = place.claim(settings | {"speculate": ahead}, options.about, compared=compared)
     if auto:
         ahead = recorded.get("speculate", 0)
     return replace(options, speed=speed, speculate=ahead)
+
+
+def batch_of_all(
+    model: TensorAR,
+    options: DrawOptions,
+    processes: Processes,
+    usual: int = IMAGES_AT_ONCE,
+) -> int:
+    """How many images are drawn at once (see `images_per_batch`), by all processes alike, though
+    their GPUs may differ.
+    """
+    if options.batch_size is not None:
+        return options.batch_size
+    return min(processes.gather(images_per_batch(model, options, usual)))
 
 
 def _on_gpu(model: TensorAR) -> bool:
@@ -164,10 +189,12 @@ def draw_prompts(
     model, entries, options = request.model, request.entries, request.options
     prompts = parse_conditions(model.backbone, [entry["prompt"] for entry in entries])
     place = GenerationFolder(folder, entries, processes, stages=count_stages(model, options))
-    batches = _batches(jobs, options.batch_size)
+    rows = batch_of_all(model, options, processes)
+    batches = _batches(jobs, rows)
     for batch in batches:  # the last one is padded, so that all have the same matrix shapes
-        batch += [batch[-1]] * (options.batch_size - len(batch))
-    options = _claim(place, request.settings, model, options, len(batches), compared=_MUST_MATCH)
+        batch += [batch[-1]] * (rows - len(batch))
+    settings, options = request.settings | {"batch_size": rows}, replace(options, batch_size=rows)
+    options = _claim(place, settings, model, options, len(batches), compared=_MUST_MATCH)
     place.write_prompts(sorted({prompt for prompt, _ in jobs}))
     _warn_if_alike(model, options, any(sample for _, sample in jobs))
 
@@ -272,7 +299,8 @@ def draw_classes(
             f"this {spec.family} model draws from captions, not classes: use launch/generate.py"
         )
     size = model.backbone.image_size if side is None else (side, side)
-    options = replace(options, size=size)
+    rows = batch_of_all(model, options, processes, _CLASSES_AT_ONCE)
+    options = replace(options, size=size, batch_size=rows)
     settings = {
         "family": spec.family,
         "classes": spec.num_classes,
@@ -285,7 +313,7 @@ def draw_classes(
     balanced = images.labels == "balanced"
     labels = sample_labels(images.count, spec.num_classes, balanced=balanced, seed=options.seed)
     classes = labels.tolist()
-    batches = numbered_batches(images.count, options.batch_size)
+    batches = numbered_batches(images.count, rows)
     options = _claim(place, settings, model, options, len(batches), compared=set(settings))
     _warn_if_alike(model, options, len({*classes}) < images.count)
 

@@ -13,7 +13,7 @@ its scores (`Benchmark`); everything else is here.
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,12 @@ import torch
 
 from t2i.checkpoint_folders import from_shipped_base, names_shipped_base
 from t2i.errors import UserError, shorten
-from t2i.evaluation.draw import PromptRequest, check_prompts, draw_prompts, prompts_digest
+from t2i.evaluation.draw import (
+    PromptRequest,
+    check_prompts,
+    draw_prompts,
+    prompts_digest,
+)
 from t2i.evaluation.evaluation_options import BenchmarkOptions, Scope
 from t2i.evaluation.gallery import Card, Exhibit, write_gallery
 from t2i.evaluation.generation_folder import Inventory, read_generation, take_inventory
@@ -112,12 +117,9 @@ def evaluate(
     check_place(out if images is None else images, "images")
     out, images = Path(out), None if images is None else Path(images)
     scope, entries = scope or Scope(), benchmark.entries
-    selected = scope.select(len(entries))
     folder = out / "images" if images is None else images
     if model is not None:
-        processes.on_main(lambda: claim_output(out, folder))
-        jobs = all_jobs(selected, scope.samples)
-        draw_prompts(PromptRequest(model, entries, draw or DrawOptions()), jobs, folder, processes)
+        draw_missing(model, entries, out, scope, draw or DrawOptions(), processes)
         model.held.clear()  # the judge needs the memory
 
     def check() -> None:
@@ -127,13 +129,28 @@ def evaluate(
         read_generation(folder)  # raises for a damaged file before any image is judged
 
     processes.on_main(check)
-    inventory = take_inventory(folder, entries, selected, scope.samples)
+    inventory = take_inventory(folder, entries, scope.select(len(entries)), scope.samples)
     verdicts = Verdicts(out, benchmark.identity(), prompts_digest(entries))
     judge_images(benchmark, inventory, verdicts, processes)
     if processes.is_main:
         _report(benchmark, out, inventory, verdicts, scope)
     processes.barrier()
     return read_results(out)
+
+
+def draw_missing(
+    model: TensorAR,
+    entries: Sequence[dict],
+    out: Path,
+    scope: Scope,
+    draw: DrawOptions,
+    processes: Processes,
+) -> None:
+    """Draw those images of a benchmark that OUT/images lacks; every process calls this."""
+    folder = out / "images"
+    processes.on_main(lambda: claim_output(out, folder))
+    jobs = all_jobs(scope.select(len(entries)), scope.samples)
+    draw_prompts(PromptRequest(model, entries, draw), jobs, folder, processes)
 
 
 def _check_kind(name: str, given: object, kind: type) -> None:
@@ -225,8 +242,8 @@ def run(
         where: device and dtype that the model draws with, from `options.check`.
         name: the benchmark's name in its default output folder.
         entries: the benchmark's prompts.
-        build: makes the benchmark, with its judge on the process's device. Called before anything
-            is drawn, so that wrong weights are found early.
+        build: makes the benchmark, with its judge on the processes' device. Also called before
+            anything is drawn, for the CPU, so that wrong weights are found early.
         arrange: given OUT and the processes, checks the images of `options.images` and returns a
             function that copies them into the common layout and returns their folder; every
             process calls both. None if the images are in that layout already.
@@ -247,23 +264,22 @@ def run(
 
         processes.on_main(claim)
         copy = arrange(out, processes) if images is not None and arrange is not None else None
-        model, draw = None, None
         if images is None:  # refuse an unsuitable model before a judge is downloaded
             model = options.load(processes.device, dtype)
             if model.backbone.spec.cond_kind != "text":
                 raise UserError(f"{options.source} draws classes, but {name} needs captions")
             draw = options.drawing(model)
-        benchmark = build(processes)
-        images = images if copy is None else copy()
-        results = evaluate(
-            benchmark,
-            out,
-            model=model,
-            images=images,
-            scope=options.scope,
-            draw=draw,
-            processes=processes,
-        )
+            # Wrong weights of the judge are found now; on a GPU it would take memory from drawing.
+            benchmark = build(replace(processes, device=torch.device("cpu")))
+            draw_missing(model, entries, out, options.scope, draw, processes)
+            images = out / "images"
+            del model  # nor does the judge need to share the memory
+            if processes.device.type != "cpu":
+                benchmark = build(processes)
+        else:
+            benchmark = build(processes)
+            images = images if copy is None else copy()
+        results = evaluate(benchmark, out, images=images, scope=options.scope, processes=processes)
     if processes.is_main:
         print(f"{table(results)}\n")
         print(f"± is the bootstrap standard error over prompts\nwrote {out / 'results.json'}")

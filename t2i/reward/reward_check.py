@@ -10,8 +10,9 @@ from t2i.reward.reward_options import BUILT_IN, RewardConfig, RewardOptions
 from t2i.reward.reward_prompts import PromptPool, training_prompts
 from t2i.reward.rewards import check_judges, judging, own_function
 from t2i.tensorar.model import TensorAR
+from t2i.tensorar.room import cache_bytes
 from t2i.training import check as training_check
-from t2i.training.memory import cache_bytes, weight_bytes
+from t2i.training.memory import weight_bytes
 from t2i.training.run_plan import Plan
 from t2i.training.start import check_start
 from t2i.training.state import trained

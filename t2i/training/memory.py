@@ -18,16 +18,13 @@ from t2i.models.base import Backbone
 from t2i.models.conditions import Condition
 from t2i.models.families import find_family
 from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
-from t2i.sampling import SamplingConfig
 from t2i.tensorar.loss import rows_at_once
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.sampler import guidance_table
+from t2i.tensorar.room import cache_bytes, prompt_length
 from t2i.training.config import TrainConfig
 from t2i.training.engine import bucket_size, deepspeed_config
 from t2i.training.examples import encoded_at_once
 
-_PROMPT_TOKENS = 128
-"""Assumed prefix length if it varies with the caption."""
 _WIDE_MAPS = (4, 6)
 """How many of the tokenizer's widest feature maps exist at once on a GPU and on a CPU (where
 convolutions convert their input and output)."""
@@ -182,15 +179,6 @@ def _optimizer_bytes(
     return backward, 4 * trained / world_size if stage and width == 4 else 0
 
 
-def cache_bytes(model: TensorAR, sampling: SamplingConfig, images: int) -> int:
-    """Bytes of the cache of keys and values while this many images are drawn at once."""
-    guided = guidance_table(model, sampling) is not None
-    length = prompt_length(model.backbone) + model.windows.count - 1
-    one = model.backbone.new_cache(1, 1)  # one entry more than its length
-    entry = sum(t.nbytes for t in (*one.keys, *one.values)) // 2
-    return images * (1 + guided) * (length + 1) * entry
-
-
 def sheet_images(model: TensorAR, prompts: int) -> int:
     """How many images of a sample sheet are drawn at once: all, if their cache is small enough."""
     each = cache_bytes(model, model.sampling, 1)
@@ -211,11 +199,6 @@ def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
     windows = min(model.windows.count, model.windows_at_once(drafts))
     logits = windows * drafts * max(model.backbone.spec.subvocabs)
     return per_logit * config.engine.micro_batch * logits
-
-
-def prompt_length(backbone: Backbone) -> int:
-    """Number of prefix tokens, or an assumed number if it depends on the caption."""
-    return min(backbone.spec.prefix_tokens, _PROMPT_TOKENS)
 
 
 def _frozen_bytes(backbone: Backbone, config: TrainConfig) -> float:
