@@ -120,7 +120,8 @@ def make(kind: str, folder):
     "kind", ["metadata", "sidecar", "parquet", "webdataset", "webdataset json", "hub"]
 )
 def test_every_kind_gives_the_same_samples(kind, streaming, tmp_path, hub):
-    source = open_source(make(kind, tmp_path / "data"), streaming=streaming)
+    place = make(kind, tmp_path / "data")
+    source = open_source(place, streaming=streaming)
     samples = list(source)
     assert [sample.index for sample in samples] == [0, 1, 2]
     assert [sample.captions for sample in samples] == [[caption] for caption in CAPTIONS]
@@ -136,6 +137,9 @@ def test_every_kind_gives_the_same_samples(kind, streaming, tmp_path, hub):
         assert source[2] == samples[2]
     unread = [said for said in source.remarks if "data.streaming has no effect on" in said]
     assert len(unread) == (streaming and source.length is not None), "it was ignored silently"
+    remarks = open_source(place, outside_images=True).remarks
+    ignored = any("data.outside_images has no effect on" in said for said in remarks)
+    assert ignored == (kind in ("sidecar", "webdataset", "webdataset json"))
     report, usable = survey_source(source, ImageRules(8), limit=2)
     assert (report.seen, report.usable, len(usable)) == (2, 2, 2)
 

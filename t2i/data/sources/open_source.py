@@ -25,6 +25,7 @@ from t2i.data.samples import OTHER_SPLIT, PACKED_SUFFIXES, Source
 from t2i.data.sources.folders import (
     METADATA,
     METADATA_ADVICE,
+    SidecarFolder,
     is_image,
     looks_like_metadata,
     open_folder,
@@ -62,11 +63,13 @@ def open_source(wanted: CaptionedImages) -> Source:
     opened = _open_files(found, wanted)
     opened.left_out += found.left_out
     opened.remarks += found.remarks
+    without = f"has no effect on {wanted.source}"
     if wanted.streaming and opened.length is not None:
         opened.remarks.append(
-            f"data.streaming has no effect on {wanted.source}: only parquet and hub data have a copy "
-            "to do without"
+            f"data.streaming {without}: only parquet and hub data have a copy to do without"
         )
+    if wanted.outside_images and isinstance(opened, SidecarFolder | TarSource):
+        opened.remarks.append(f"data.outside_images {without}: its images are named by no list")
     return opened
 
 
