@@ -93,6 +93,12 @@ PARTS = {
         70,
         " ".join([formulas.TURNS, formulas.TRAINING, formulas.MFU, formulas.ESTIMATE]),
     ),
+    "memory": CheckPart(
+        _of("gpu_speed", "memory_rows"),
+        40,
+        "Peak memory of drawing and decoding images in bf16, and the peak by which the kit chooses "
+        "how many to draw at once.",
+    ),
     "compiled_training": CheckPart(
         _of("gpu_speed", "compiled_training_rows"),
         60,

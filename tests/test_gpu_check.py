@@ -72,6 +72,12 @@ def test_kernel_times_add_up_to_at_most_the_step():
     assert {"aten::mm", "aten::bmm"} < {row["kernel"] for row in kernels}
 
 
+def test_a_memory_row_draws_and_expects_room_for_decoding():
+    (row,) = rows("memory", {})
+    assert row["peak_gb"] == 0, "there is no GPU"
+    assert 1.2 < row["estimate_gb"] < 1.6
+
+
 def test_training_rows_have_times_and_a_memory_estimate():
     found = rows("training", {"shape": "tiny-rar"})
     assert all(row["s_per_step"] > 0 for row in found)

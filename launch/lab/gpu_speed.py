@@ -11,10 +11,12 @@ import torch
 
 from launch.measure import roofline, timed_sampling, timed_training
 from launch.measure.roofline import Machine
-from launch.measure.shapes import TINY
+from launch.measure.shapes import TINY, attached, made_up, open_backbone
 from launch.measure.timed_sampling import DTYPES, Group
 from launch.measure.timed_training import TrainingGroup
 from t2i.sampling import Speed
+from t2i.tensorar.room import drawing_bytes
+from t2i.tensorar.sampler import sample_windows
 
 Rows = Iterator[tuple[dict, Callable[[], dict | list[dict]]]]
 """For one row or several: columns that describe them, and a function that measures the rest."""
@@ -47,6 +49,7 @@ COMPILED: Cases = (
 )
 TRAINED = {"llamagen-B": 32, "llamagen-XL": 32, "janus-1B": 8}
 """Shapes, each with its number of samples per step."""
+DRAWN_FOR_MEMORY = ("janus-1B", "llamagen-text-XL", "janus-7B")
 TRAINED_COMPILED = ("llamagen-XL", "llamagen-B")
 
 
@@ -105,6 +108,30 @@ def _train(group: TrainingGroup, device: torch.device, machine: Machine) -> list
         if row["contender"] == row["method"]:
             row["estimate_gb"] = timed_training.estimated_gb(group, row["method"])
     return [_short(row) for row in rows]
+
+
+def memory_rows(device: torch.device, tiny: bool) -> Rows:
+    for shape in list(TINY)[:1] if tiny else DRAWN_FOR_MEMORY:
+        for images in (2,) if tiny else (1, 16):
+            about = {"shape": shape, "images": images}
+            yield about, partial(_memory, shape, images, device)
+
+
+@torch.no_grad()
+def _memory(shape: str, images: int, device: torch.device) -> dict:
+    """The peak of drawing whole images and decoding them, and what it was expected to be."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    model = attached(open_backbone(shape, torch.bfloat16, device, tokenizer=True), "iclr2026")
+    sampling = model.sampling
+    estimate = drawing_bytes(model, sampling, images)
+    prepared, keys = made_up(model.backbone, images), torch.arange(images)
+    speed: Speed = "graphs" if on_gpu else "eager"
+    windows = sample_windows(model, prepared, keys, sampling, speed=speed)
+    model.backbone.decode_images(model.windows.final_codes(windows))
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    return {"peak_gb": peak / 1e9, "estimate_gb": estimate / 1e9}
 
 
 def _short(row: dict) -> dict:

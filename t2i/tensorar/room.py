@@ -35,9 +35,14 @@ def gpu_bytes(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
+def drawing_bytes(model: TensorAR, sampling: SamplingConfig, images: int) -> int:
+    """Bytes on a GPU while this many images are drawn at once, without temporary tensors."""
+    return _weight_bytes(model) + cache_bytes(model, sampling, images) + _DECODING
+
+
 def images_that_fit(model: TensorAR, sampling: SamplingConfig, memory: int) -> int:
     """How many images (at least 1) can be drawn at once on a GPU with this many bytes."""
-    room = _SHARE * memory - _weight_bytes(model) - _DECODING
+    room = _SHARE * memory - drawing_bytes(model, sampling, 0)
     return max(1, int(room / cache_bytes(model, sampling, 1)))
 
 
