@@ -62,7 +62,7 @@ def main() -> None:
     entries = read_prompts(config.prompt, config.prompt_file)
     device, dtype = config.check()
     from t2i.evaluation import draw
-    from t2i.generation import all_jobs, images_per_batch
+    from t2i.generation import all_jobs, unpadded
     from t2i.training.trigger_words import remind_of_trigger
 
     with ExitStack() as held:
@@ -74,9 +74,8 @@ def main() -> None:
         remind_of_trigger(config.checkpoint, [entry["prompt"] for entry in entries])
         model = config.load(device, dtype)
         jobs = all_jobs(range(len(entries)), config.samples)
-        options = config.drawing(model)
-        rows = min(images_per_batch(model, options), len(jobs))
-        options = replace(options, batch_size=rows, stages=config.stages)
+        options = replace(config.drawing(model), stages=config.stages)
+        options = unpadded(model, options, len(jobs))
         request, out = draw.PromptRequest(model, entries, options), config.out
         if out is None:
             out = _OUTPUTS / f"{config.name()}-{request.short_hash}"

@@ -161,17 +161,17 @@ def _draw(
 ) -> None:
     """Draw the images that a column still lacks."""
     from t2i.evaluation import draw
-    from t2i.generation import all_jobs, images_per_batch
+    from t2i.generation import all_jobs, unpadded
     from t2i.training.trigger_words import remind_of_trigger
 
     print(f"{place.name}:", file=sys.stderr)
     remind_of_trigger(model_options.checkpoint, [entry["prompt"] for entry in entries])
     model = model_options.load(*where)
     jobs = all_jobs(range(len(entries)), config.samples)
-    options = model_options.drawing(model, among_others=True)
-    rows = min(images_per_batch(model, options), len(jobs))
-    options = replace(options, batch_size=rows, stages=config.stages and model.windows.stages > 1)
-    draw.draw_prompts(draw.PromptRequest(model, entries, options), jobs, place)
+    stages = config.stages and model.windows.stages > 1
+    options = replace(model_options.drawing(model, among_others=True), stages=stages)
+    request = draw.PromptRequest(model, entries, unpadded(model, options, len(jobs)))
+    draw.draw_prompts(request, jobs, place)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from t2i.evaluation.draw import PromptRequest, draw_prompts
 from t2i.evaluation.generation_folder import write_sheets
 from t2i.fields import read_object
 from t2i.files import file_sha256, owning, replacing_folder, writable_folder, write_json, write_text
-from t2i.generation import all_jobs, images_per_batch, parse_conditions
+from t2i.generation import all_jobs, parse_conditions, unpadded
 from t2i.loading import pick_device
 from t2i.lora import merge_lora
 from t2i.manifest import MANIFEST, refuse_in_checkpoint
@@ -94,8 +94,7 @@ def export(options: ExportOptions) -> Path:
             entries = [{"prompt": prompt} for prompt in options.prompt]
             folder, count = partial / "samples", options.samples
             jobs = all_jobs(range(len(entries)), count)
-            rows = min(images_per_batch(drawn, DrawOptions()), len(jobs))
-            request = PromptRequest(drawn, entries, DrawOptions(batch_size=rows))
+            request = PromptRequest(drawn, entries, unpadded(drawn, DrawOptions(), len(jobs)))
             draw_prompts(request, jobs, folder, show_steps=True)
             sheet = write_sheets(folder, entries, samples_per_prompt=count)[0]
             grid = sheet.relative_to(partial).as_posix()

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -200,6 +200,11 @@ def images_per_batch(model: TensorAR, options: DrawOptions, usual: int = IMAGES_
     if fitting < usual:
         log.info(f"drawing {fitting} images at once: the GPU has too little memory for {usual}")
     return min(fitting, usual)
+
+
+def unpadded(model: TensorAR, options: DrawOptions, images: int) -> DrawOptions:
+    """The options for a request of this many images in all: batches are no larger."""
+    return replace(options, batch_size=min(images_per_batch(model, options), images))
 
 
 def check_request(
