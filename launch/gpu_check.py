@@ -99,6 +99,13 @@ PARTS = {
         "Peak memory of drawing and decoding images in bf16, and the peak by which the kit chooses "
         "how many to draw at once.",
     ),
+    "speculation": CheckPart(
+        _of("gpu_speed", "speculation_rows"),
+        60,
+        "bf16, by graphs. `ahead`: windows of each image per call (0: one, without speculation); "
+        "`faster`: how many times as fast as without, if whole images were drawn. Graphs are "
+        "recorded before the clock starts.",
+    ),
     "compiled_training": CheckPart(
         _of("gpu_speed", "compiled_training_rows"),
         60,

@@ -78,6 +78,13 @@ def test_a_memory_row_draws_and_expects_room_for_decoding():
     assert 1.2 < row["estimate_gb"] < 1.6
 
 
+def test_speculation_rows_compare_calls_of_equal_number():
+    plain, speculative = rows("speculation", {})
+    assert (plain["ahead"], speculative["ahead"]) == (0, 3)
+    assert plain["calls"] == 4 * 6 and 6 <= speculative["calls"] <= 4 * 6, "of 6 batches of 2"
+    assert plain["ms_per_call"] > 0 and speculative["ms_per_call"] > 0
+
+
 def test_training_rows_have_times_and_a_memory_estimate():
     found = rows("training", {"shape": "tiny-rar"})
     assert all(row["s_per_step"] > 0 for row in found)

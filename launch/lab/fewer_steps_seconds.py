@@ -83,12 +83,12 @@ def requests(model: "TensorAR", images: int) -> "tuple[dict[str, Tensor], Tensor
 
 def opened(name: str, study: Study) -> "TensorAR":
     """A shipped base or checkpoint, or a published shape with random weights."""
-    from launch.measure.shapes import PUBLISHED, attached, open_backbone
+    from launch.measure.shapes import PUBLISHED, TINY, attached, open_backbone
     from t2i.checkpoint import load_model
     from t2i.loading import pick_device
     from t2i.sampling import SamplingConfig
 
-    if name not in PUBLISHED:
+    if name not in (*PUBLISHED, *TINY):
         return load_model(name, device=study.device, dtype=study.dtype)
     device, dtype = pick_device(study.device, study.dtype)
     model = attached(open_backbone(name, dtype, device), "base")

@@ -9,6 +9,8 @@ from functools import partial
 
 import torch
 
+from launch.lab.fewer_steps import Study
+from launch.lab.fewer_steps_seconds import study_seconds
 from launch.measure import roofline, timed_sampling, timed_training
 from launch.measure.roofline import Machine
 from launch.measure.shapes import TINY, attached, made_up, open_backbone
@@ -50,6 +52,15 @@ COMPILED: Cases = (
 TRAINED = {"llamagen-B": 32, "llamagen-XL": 32, "janus-1B": 8}
 """Shapes, each with its number of samples per step."""
 DRAWN_FOR_MEMORY = ("janus-1B", "llamagen-text-XL", "janus-7B")
+SPECULATED = {
+    **{("shapes", images): 0 for images in (1, 4, 16, 64)},
+    **{("llamagen-XL", images): 48 for images in (1, 8)},
+    **{("janus-1B", images): 48 for images in (1, 8)},
+    **{("shapes-janus", images): 0 for images in (1, 4)},
+}
+"""Base or shape, and images at once -> most calls of a batch; 0: whole images. Shapes have random
+weights: they show how long a call takes, not how many an image needs.
+"""
 TRAINED_COMPILED = ("llamagen-XL", "llamagen-B")
 
 
@@ -132,6 +143,34 @@ def _memory(shape: str, images: int, device: torch.device) -> dict:
     model.backbone.decode_images(model.windows.final_codes(windows))
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     return {"peak_gb": peak / 1e9, "estimate_gb": estimate / 1e9}
+
+
+def speculation_rows(device: torch.device, tiny: bool) -> Rows:
+    cases = {("tiny-class", 2): 4} if tiny else SPECULATED
+    for (base, images), most_calls in cases.items():
+        study = Study(
+            "seconds",
+            bases=(base,),
+            ahead=(3,) if tiny else (8, 16),
+            batches=(images,),
+            speed="graphs" if device.type == "cuda" else "eager",
+            device=device.type,
+            dtype="bfloat16",
+            rounds=1 if tiny else 2,
+            most_calls=most_calls,
+        )
+        yield {"base": base, "batch": images}, partial(_speculation, study)
+
+
+def _speculation(study: Study) -> list[dict]:
+    """Drawing code by code, then with speculation; `faster` compares whole images."""
+    rows = list(study_seconds(study))
+    first = rows[0].get("s_per_image")
+    for row in rows:
+        if first is not None:
+            row["faster"] = first / row["s_per_image"]
+    processor = {"processor_ms_per_call", "processor_s_per_image"}
+    return [{k: v for k, v in _short(row).items() if k not in processor} for row in rows]
 
 
 def _short(row: dict) -> dict:
