@@ -61,6 +61,11 @@ def answer_prompt(
     given = [] if single else list(images)
     if not given or not all(isinstance(image, Image.Image) for image in given):
         raise UserError(f"answer_prompt needs a list of PIL images, but got {images!r:.80}")
+    single = isinstance(questions, str) or not isinstance(questions, Iterable)
+    if single or not all(isinstance(question, Question) for question in questions):
+        raise UserError(
+            f"questions is {questions!r:.80}: give those of an item, such as graph.items[item]"
+        )
     ids = [str(question.proposition) for question in questions]
     seen = [upright_rgb(image) for image in given]
     return [dict(zip(ids, answerer.answer(image, questions), strict=True)) for image in seen]

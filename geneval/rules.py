@@ -179,6 +179,11 @@ def check_entries(entries: Sequence[Mapping], detector: Detector) -> None:
     """UserError for metadata that is not GenEval's or that the detector cannot judge; warns of
     metadata that is judged otherwise than its author may expect.
     """
+    if isinstance(entries, str | Mapping) or not isinstance(entries, Sequence):
+        raise UserError(
+            f"entries is {entries!r:.80}: give a list of GenEval's metadata, such as "
+            'geneval.geneval_benchmark.load_prompts("official")'
+        )
     for index, entry in enumerate(entries):
         check_vocabulary(check_schema(entry, f"prompt {index}"), detector)
     warn_of_doubts(entries)

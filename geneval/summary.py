@@ -71,7 +71,16 @@ class Summary:
 
 
 def result_row(filename: str, metadata: Mapping, verdict: Verdict) -> dict:
-    """A line of the official results file; its metadata and details are JSON strings."""
+    """A line of the official results file; its metadata and details are JSON strings.
+
+    Raises UserError if an argument is of the wrong type.
+    """
+    if not isinstance(metadata, Mapping) or not {"tag", "prompt"} <= metadata.keys():
+        raise UserError(
+            f"metadata is {metadata!r:.80}: give the prompt's entry, with tag and prompt"
+        )
+    if not isinstance(verdict, Verdict):
+        raise UserError(f"verdict is {verdict!r:.80}: give one of judge_image's or decide's")
     return {
         "filename": filename,
         "tag": metadata["tag"],
@@ -84,9 +93,20 @@ def result_row(filename: str, metadata: Mapping, verdict: Verdict) -> dict:
 
 
 def by_prompt(rows: Iterable[Mapping]) -> dict[str, dict[str, list[bool]]]:
-    """Tag -> prompt (its metadata string) -> whether each of its images is correct."""
+    """Tag -> prompt (its metadata string) -> whether each of its images is correct.
+
+    Raises UserError if something else than result rows is given.
+    """
     by_tag: dict[str, dict[str, list[bool]]] = {}
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
+        raise UserError(
+            f"rows is {rows!r:.80}: give a list of rows, as geneval.result_row makes them"
+        )
     for row in rows:
+        if not isinstance(row, Mapping) or not {"tag", "metadata", "correct"} <= row.keys():
+            raise UserError(
+                f"{row!r:.80} is no result row: geneval.result_row makes one of a verdict"
+            )
         prompts = by_tag.setdefault(row["tag"], {})
         prompts.setdefault(row["metadata"], []).append(bool(row["correct"]))
     return by_tag
@@ -124,7 +144,12 @@ def summarize(rows: Iterable[Mapping], seed: int = 0) -> Summary:
 
 
 def format_summary(summary: Summary) -> str:
-    """The text that the official script prints, character for character, without final newline."""
+    """The text that the official script prints, character for character, without final newline.
+
+    Raises UserError if `summary` is none.
+    """
+    if not isinstance(summary, Summary):
+        raise UserError(f"summary is {summary!r:.80}: give what geneval.summarize returns")
     lines = [
         "Summary",
         "=======",

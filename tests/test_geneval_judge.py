@@ -301,6 +301,17 @@ ASKED = {"tag": "single_object", "prompt": "a circle", "include": [{"class": "ci
         (lambda: judge_image(None, "a circle", ShapesDetector()), "metadata is 'a circle': give"),
         (lambda: geneval.score(BLANK, ASKED, ShapesDetector(), seed=None), "seed=None must be"),
         (lambda: summarize([], seed=-1), "seed=-1 must be between"),
+        (lambda: summarize(3), "rows is 3: give a list of rows, as geneval.result_row"),
+        (
+            lambda: summarize([geneval.Verdict(True, "")]),
+            r"Verdict\(.* is no result row: geneval.result_",
+        ),
+        (lambda: format_summary([]), r"summary is \[\]: give what geneval.summarize returns"),
+        (lambda: result_row("a.png", ASKED, True), "verdict is True: give one of judge_image's"),
+        (
+            lambda: result_row("a.png", "a cat", geneval.Verdict(True, "")),
+            "metadata is 'a cat': give the",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(call, message):

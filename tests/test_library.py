@@ -204,6 +204,11 @@ def test_settings_of_a_wrong_type_are_refused(make, message):
         (lambda: DPGBench(load_questions("shapes"), "mplug"), "answerer is 'mplug': give a loaded"),
         (lambda: answer_prompt("mplug", [], []), "answerer is 'mplug': give a loaded one"),
         (lambda: answer_prompt(load_answerer("shapes"), 3, []), "needs a list of PIL images, but"),
+        (
+            lambda: answer_prompt(load_answerer("shapes"), [Image.new("RGB", (8, 8))], ["red?"]),
+            r"questions is \['red\?'\]: give those of an item",
+        ),
+        (lambda: GenEval(None, ShapesDetector()), "entries is None: give a list of GenE"),
         (lambda: evaluate("geneval", "out", images="x"), "benchmark is 'geneval': give a GenEval"),
         (lambda: load_inception(3), "weights is 3: give a path or a name"),
         (lambda: load_inception("random", device="gpu"), "device 'gpu' must be auto, cpu or cuda"),
