@@ -93,20 +93,9 @@ def result_row(filename: str, metadata: Mapping, verdict: Verdict) -> dict:
 
 
 def by_prompt(rows: Iterable[Mapping]) -> dict[str, dict[str, list[bool]]]:
-    """Tag -> prompt (its metadata string) -> whether each of its images is correct.
-
-    Raises UserError if something else than result rows is given.
-    """
+    """Tag -> prompt (its metadata string) -> whether each of its images is correct."""
     by_tag: dict[str, dict[str, list[bool]]] = {}
-    if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
-        raise UserError(
-            f"rows is {rows!r:.80}: give a list of rows, as geneval.result_row makes them"
-        )
     for row in rows:
-        if not isinstance(row, Mapping) or not {"tag", "metadata", "correct"} <= row.keys():
-            raise UserError(
-                f"{row!r:.80} is no result row: geneval.result_row makes one of a verdict"
-            )
         prompts = by_tag.setdefault(row["tag"], {})
         prompts.setdefault(row["metadata"], []).append(bool(row["correct"]))
     return by_tag
@@ -117,9 +106,11 @@ def summarize(rows: Iterable[Mapping], seed: int = 0) -> Summary:
 
     The standard errors come from resampling prompts within each tag. They depend on `seed` and on
     the set of rows, not on their order.
+
+    Raises UserError if there are no rows, or if something else is given.
     """
     check_seed(seed)
-    by_tag = by_prompt(rows)
+    by_tag = by_prompt(_result_rows(rows))
     if not by_tag:
         raise UserError("no verdicts to summarize: judge at least one image first")
     tags: dict[str, TagScore] = {}
@@ -141,6 +132,21 @@ def summarize(rows: Iterable[Mapping], seed: int = 0) -> Summary:
         total_prompts=sum(score.prompts for score in tags.values()),
         prompts_with_any_correct=sum(any(i) for p in by_tag.values() for i in p.values()),
     )
+
+
+def _result_rows(given: object) -> list[Mapping]:
+    """The rows as a list; UserError if they are something else."""
+    if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
+        raise UserError(
+            f"rows is {given!r:.80}: give a list of rows, as geneval.result_row makes them"
+        )
+    rows = list(given)
+    for row in rows:
+        if not isinstance(row, Mapping) or not {"tag", "metadata", "correct"} <= row.keys():
+            raise UserError(
+                f"{row!r:.80} is no result row: geneval.result_row makes one of a verdict"
+            )
+    return rows
 
 
 def format_summary(summary: Summary) -> str:
