@@ -155,6 +155,12 @@ class Stages:
         self.config, self.out = config, config.folder.resolve()
         self.base, self.export = self.out / "base", self.out / "export"
         self.rows: dict[str, dict] = _known_rows(self.out)
+        found = {row["precision"] for row in self.rows.values() if "precision" in row}
+        for other in found - {config.precision}:
+            raise UserError(
+                f"{self.out} holds a rehearsal in {other}, whose predictions and peaks are not those "
+                f"of {config.precision}: give another --out, or --precision {other}"
+            )
 
     def run(self) -> list[str]:
         """Run the requested stages that are not done yet; returns those that failed."""
@@ -209,6 +215,8 @@ class Stages:
         if place is not None and found.code == 0:
             saved = run_checkpoints(place)[-1:] or [place]  # of a run, only the newest checkpoint
             row["bytes"] = sum(p.stat().st_size for p in saved[0].rglob("*") if p.is_file())
+        if kind in ("check", "train", "resume"):
+            row["precision"] = self.config.precision
         if kind == "check" and found.code == 0:
             row["predicted"] = predictions(found.output)
         return row

@@ -60,11 +60,11 @@ def main() -> None:
 
         def claim() -> None:
             held.enter_context(owning(place[0], "image set", place[1]))
-            known = {"count": config.images.count, "labels": config.images.labels}
-            known["seed"] = config.seed
+            images = config.images
+            known = {"count": images.count, "labels": images.labels, "seed": config.seed}
             if config.batch_size is not None:
                 known["batch_size"] = config.batch_size
-            numbered_place(out, config.images.count).check(known)
+            numbered_place(out, images.count).check(known)
 
         processes.on_main(claim)
         model = config.load(processes.device, dtype)

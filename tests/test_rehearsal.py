@@ -297,3 +297,12 @@ def test_a_folder_in_other_use_is_refused(tmp_path, name):
     with pytest.raises(UserError, match=f"holds {name.split('/')[0]}, which no rehearsal wrote"):
         Stages(Rehearsal("llamagen", "tiny", out=tmp_path))
     assert (tmp_path / name).read_text() == '{"scores": {}}'
+
+
+def test_a_rehearsal_keeps_its_precision(tmp_path):
+    """Peaks in fp32 used to be compared with predictions for bf16."""
+    rows = {"write": {"done": True}, "check-lora": {"done": True, "precision": "bf16"}}
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    assert Stages(Rehearsal("rar", "B", out=tmp_path)).rows == rows
+    with pytest.raises(UserError, match=r"holds a rehearsal in bf16.*or --precision bf16"):
+        Stages(Rehearsal("rar", "B", out=tmp_path, precision="fp32"))

@@ -131,9 +131,10 @@ def memory_rows(device: torch.device, tiny: bool) -> Rows:
 @torch.no_grad()
 def _memory(shape: str, images: int, device: torch.device) -> dict:
     """The peak of drawing whole images and decoding them, and what it was expected to be."""
-    on_gpu = device.type == "cuda"
+    on_gpu, before = device.type == "cuda", 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     model = attached(open_backbone(shape, torch.bfloat16, device, tokenizer=True), "iclr2026")
     sampling = model.sampling
     estimate = drawing_bytes(model, sampling, images)
@@ -141,7 +142,7 @@ def _memory(shape: str, images: int, device: torch.device) -> dict:
     speed: Speed = "graphs" if on_gpu else "eager"
     windows = sample_windows(model, prepared, keys, sampling, speed=speed)
     model.backbone.decode_images(model.windows.final_codes(windows))
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    peak = torch.cuda.max_memory_allocated() - before if on_gpu else 0
     return {"peak_gb": peak / 1e9, "estimate_gb": estimate / 1e9}
 
 

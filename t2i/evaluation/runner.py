@@ -21,12 +21,7 @@ import torch
 
 from t2i.checkpoint_folders import from_shipped_base, names_shipped_base
 from t2i.errors import UserError, shorten
-from t2i.evaluation.draw import (
-    PromptRequest,
-    check_prompts,
-    draw_prompts,
-    prompts_digest,
-)
+from t2i.evaluation.draw import PromptRequest, check_prompts, draw_prompts, prompts_digest
 from t2i.evaluation.evaluation_options import BenchmarkOptions, Scope
 from t2i.evaluation.gallery import Card, Exhibit, write_gallery
 from t2i.evaluation.generation_folder import Inventory, read_generation, take_inventory
