@@ -39,7 +39,7 @@ nor in compiled steps whose products torch generates. It is a fixed rule, not a 
 so that a command draws the same bits every time.
 """
 
-IMAGES_AT_ONCE = 16
+USUAL_BATCH = 16
 """Images of prompts that are usually drawn at once."""
 _MOST_WARNINGS = 20
 """Most warnings about prompts read only in part: more would hide everything else in the log."""
@@ -186,7 +186,7 @@ def choose_run(
     return speed, SPECULATION_PAYS[speed] if pays else 0
 
 
-def images_per_batch(model: TensorAR, options: DrawOptions, usual: int = IMAGES_AT_ONCE) -> int:
+def images_per_batch(model: TensorAR, options: DrawOptions, usual: int = USUAL_BATCH) -> int:
     """How many images are drawn at once: as the options say, or else `usual`, or as many as fit.
 
     The size of the GPU decides, not what is free on it, so a command draws the same batches every

@@ -227,7 +227,7 @@ def test_a_small_gpu_draws_fewer_images_at_once(tiny_world, monkeypatch, caplog)
     usual = draw(None)
     assert sizes == [16, 16]
     assert draw(80 << 30) == usual and sizes == [16, 16]
-    monkeypatch.setattr(room, "_DECODING", 0)
+    monkeypatch.setattr(room, "tokenizer_bytes", lambda *_, gpu: 0)
     weights, one = room._weight_bytes(model), cache_bytes(model, model.sampling, 1)
     assert weights > sum(p.nbytes for p in model.parameters()), "and the tokenizer's"
     small = draw(int((weights + 7.5 * one) / room._SHARE))

@@ -21,7 +21,7 @@ from t2i.evaluation.evaluation_options import ClassImages
 from t2i.evaluation.places import GenerationFolder, ImageArray, NumberedImages, Place
 from t2i.files import json_sha256, saving
 from t2i.generation import (
-    IMAGES_AT_ONCE,
+    USUAL_BATCH,
     Drawn,
     Job,
     asked_ahead,
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 _NAMED = {"prompts", "seed", "sampling", "noise", "dtype", "weights", "method"}
 """The settings that name a folder by default."""
 _MUST_MATCH = _NAMED | {"model"}
-_CLASSES_AT_ONCE = 64
+_USUAL_CLASS_BATCH = 64
 """Images of classes that are usually drawn at once."""
 _WRITERS = 4
 """Threads that write the images of a batch."""
@@ -127,7 +127,7 @@ def batch_of_all(
     model: TensorAR,
     options: DrawOptions,
     processes: Processes,
-    usual: int = IMAGES_AT_ONCE,
+    usual: int = USUAL_BATCH,
 ) -> int:
     """How many images are drawn at once (see `images_per_batch`), by all processes alike, though
     their GPUs may differ.
@@ -299,7 +299,7 @@ def draw_classes(
             f"this {spec.family} model draws from captions, not classes: use launch/generate.py"
         )
     size = model.backbone.image_size if side is None else (side, side)
-    rows = batch_of_all(model, options, processes, _CLASSES_AT_ONCE)
+    rows = batch_of_all(model, options, processes, _USUAL_CLASS_BATCH)
     options = replace(options, size=size, batch_size=rows)
     settings = {
         "family": spec.family,

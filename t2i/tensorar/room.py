@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from t2i.models.base import PIXELS_AT_ONCE, Backbone
+from t2i.models.base import Backbone
+from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.sampling import SamplingConfig
 from t2i.tensorar.model import TensorAR
 from t2i.tensorar.sampler import guidance_table
@@ -12,8 +13,11 @@ _PROMPT_TOKENS = 128
 """Assumed prefix length if it varies with the caption."""
 _SHARE = 0.85
 """Share of a GPU's memory that is counted on; the rest is for libraries and temporary tensors."""
-_DECODING = 2048 * PIXELS_AT_ONCE
-"""Bytes to decode the images of one call of a published image tokenizer."""
+_WIDE_MAPS = (4, 6)
+"""How many of the tokenizer's widest feature maps exist at once on a GPU and on a CPU (where
+convolutions convert their input and output)."""
+_CHANNELS = 128
+"""Channels of these maps in published image tokenizers."""
 
 
 def prompt_length(backbone: Backbone) -> int:
@@ -30,6 +34,17 @@ def cache_bytes(model: TensorAR, sampling: SamplingConfig, images: int) -> int:
     return images * (1 + guided) * (length + 1) * entry
 
 
+def tokenizer_bytes(backbone: Backbone, images: int, *, gpu: bool) -> int:
+    """Bytes of the feature maps while the image tokenizer encodes or decodes this many images, at
+    most as many as one call takes.
+    """
+    own = backbone.frozen.tokenizer
+    channels = own.config.channels if isinstance(own, ConvTokenizer) else _CHANNELS
+    height, width = backbone.image_size
+    one = 4 * channels * height * width
+    return _WIDE_MAPS[not gpu] * one * min(images, backbone.images_at_once)
+
+
 def gpu_bytes(device: torch.device) -> int | None:
     """The size of a GPU's memory, whatever is free at the moment; None for a CPU."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
@@ -37,7 +52,8 @@ def gpu_bytes(device: torch.device) -> int | None:
 
 def drawing_bytes(model: TensorAR, sampling: SamplingConfig, images: int) -> int:
     """Bytes on a GPU while this many images are drawn at once, without temporary tensors."""
-    return _weight_bytes(model) + cache_bytes(model, sampling, images) + _DECODING
+    decoding = tokenizer_bytes(model.backbone, model.backbone.images_at_once, gpu=True)
+    return _weight_bytes(model) + cache_bytes(model, sampling, images) + decoding
 
 
 def images_that_fit(model: TensorAR, sampling: SamplingConfig, memory: int) -> int:

@@ -10,24 +10,20 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.models.base import Backbone
 from t2i.models.conditions import Condition
 from t2i.models.families import find_family
-from t2i.models.tokenizers.conv_tokenizer import ConvTokenizer
 from t2i.tensorar.loss import rows_at_once
 from t2i.tensorar.model import TensorAR
-from t2i.tensorar.room import cache_bytes, prompt_length
+from t2i.tensorar.room import cache_bytes, prompt_length, tokenizer_bytes
 from t2i.training.config import TrainConfig
 from t2i.training.engine import bucket_size, deepspeed_config
 from t2i.training.examples import encoded_at_once
 
-_WIDE_MAPS = (4, 6)
-"""How many of the tokenizer's widest feature maps exist at once on a GPU and on a CPU (where
-convolutions convert their input and output)."""
 _LIVE = 10**9
 """DeepSpeed's default stage3_max_live_parameters: how many gathered parameters are not released."""
 SHEET_PROMPTS, SHEET_IMAGES = 4, 2
@@ -129,22 +125,20 @@ def estimate(
         kept, passing = outside + layers * inputs, (kept - outside) / layers
     # The backward pass costs as much as two forward passes: for gradients of the inputs and of the
     # weights (few with adapters). Recomputation adds one, and so does drawing own drafts.
-    drawing = config.method.own_drafts if config.method.k > 1 else 0
-    passes = (2 if config.tuning == "lora" else 3) + recompute + drawing
+    drafting = config.method.own_drafts if config.method.k > 1 else 0
+    passes = (2 if config.tuning == "lora" else 3) + recompute + drafting
     logits = logit_bytes(model, config, gpu=gpu)
     # Logits, log-probabilities, and the gradient in the head's type; or own drafts.
     passing += max(2.5 * logits, _draft_bytes(model, config))
     frozen = _frozen_bytes(model.backbone, config)
     weights = weight_bytes(config) * sum(p.numel() for p in model.parameters())
-    height, width = model.backbone.image_size
-    widest = 4 * _tokenizer(model.backbone).config.channels * height * width  # a feature map
-    maps = _WIDE_MAPS[not gpu] * widest
-    encoding = weights + frozen + maps * encoded_at_once(model.backbone, config.data, samples)
+    at_once = encoded_at_once(model.backbone, config.data, samples)
+    encoding = weights + frozen + tokenizer_bytes(model.backbone, at_once, gpu=gpu)
     drawing = 0.0
     if config.log.sample_every != 0:
         prompts = len(config.log.prompts) or SHEET_PROMPTS
         images = sheet_images(model, prompts)
-        decoding = maps * min(images, model.backbone.images_at_once)
+        decoding = tokenizer_bytes(model.backbone, images, gpu=gpu)
         drawing = max(cache_bytes(model, model.sampling, images), decoding)
         if config.engine.zero_stage == 3:  # the checkpoint draws
             drawing += weights + frozen
@@ -185,11 +179,6 @@ def sheet_images(model: TensorAR, prompts: int) -> int:
     return max(1, min(SHEET_IMAGES * prompts, int(_SHEET_CACHE / each)))
 
 
-def _tokenizer(backbone: Backbone) -> ConvTokenizer:
-    assert isinstance(backbone.tokenizer, ConvTokenizer)
-    return backbone.tokenizer
-
-
 def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
     """Bytes held at once to draw own drafts: logits, probabilities, and their cumulative sums."""
     drafts = config.method.k - 1
@@ -202,7 +191,8 @@ def _draft_bytes(model: TensorAR, config: TrainConfig) -> float:
 
 
 def _frozen_bytes(backbone: Backbone, config: TrainConfig) -> float:
-    parts = 4 * sum(p.numel() for p in _tokenizer(backbone).parameters())
+    assert isinstance(backbone.tokenizer, nn.Module)
+    parts = 4 * sum(p.numel() for p in backbone.tokenizer.parameters())
     encoder = getattr(backbone.frozen.text_encoder, "model", None)
     known = find_family(config.backbone.family).text_encoder_parameters
     count = known.get(config.backbone.text_encoder or "", 0)
