@@ -3,12 +3,16 @@
 import gc
 import json
 import os
+import resource
+import signal
 import time
 import tracemalloc
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
+from forks import exit_codes, fork
 from helpers import Killed, in_threads, open_source
 from PIL import Image
 from safetensors.torch import load_file
@@ -236,6 +240,23 @@ def test_resume_after_a_kill_while_writing(tmp_path, monkeypatch, dies_at):
     assert build(make_samples(), tmp_path / "killed", images=rest) == folder
     assert rest.seen == [8, 5, 2, 0, 0, 0][(dies_at - 2) // 2 if dies_at > 1 else 0]
     newer.unlink()  # still there: another run may be writing it
+    assert files(folder) == files(whole)
+
+
+def test_a_process_killed_inside_safetensors_leaves_nothing_for_good(tmp_path):
+    """safetensors 0.8 writes to a temporary file of its own; the kernel kills it at that write."""
+
+    def die_at_a_large_file():
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python would get an error instead
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
+        build(make_samples(), tmp_path / "killed")
+
+    whole = build(make_samples(), tmp_path / "whole")
+    assert exit_codes([fork(die_at_a_large_file)]) == [-signal.SIGXFSZ]
+    (folder,) = (tmp_path / "killed").iterdir()
+    assert {".jsonl", ".tmp"} <= {Path(name).suffix for name in files(folder)}
+    build(make_samples(), tmp_path / "killed")
     assert files(folder) == files(whole)
 
 

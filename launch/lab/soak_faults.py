@@ -132,7 +132,7 @@ def full_cache(world: World) -> Outcome:
         fresh(world, name)
         run = train(world, name, data_cache_dir=cache)
         ended, said = run.codes() == [1], run.last_line(_NO_ROOM)
-        torn = list(cache.rglob("*.tmp"))
+        torn = list(cache.rglob("*.tmp*"))
         grow(64 << 20)
         train(world, name, data_cache_dir=cache).end_with(0)
         same = fingerprint(world.run_dir(name)) == reference(world, 1)
