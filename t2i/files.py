@@ -25,9 +25,7 @@ from filelock import FileLock, Timeout
 from t2i.errors import UserError, broken_link, refuse_utf16
 from t2i.lfs import refuse_pointers
 
-_LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.tmp|\.tmp[A-Za-z0-9]{6}")
-"""Names of temporary files: those of `replacing`, and those that safetensors 0.8 and newer writes
-to before it renames them."""
+_LEFTOVER, _BESIDE_IT = re.compile(r".+\.[0-9a-f]{8}\.tmp"), re.compile(r"\.tmp[A-Za-z0-9]{6}")
 _LOCK, _OWNER = ".lock", ".owner.json"
 PARTIAL, REPLACED = ".t2i-partial", ".t2i-old"
 """Name endings of temporary folders. Folders named so get deleted: users must not use them."""
@@ -186,15 +184,20 @@ def _forbidden(error: Exception) -> str | None:
 
 
 def remove_leftovers(folder: str | Path, before: float = math.inf) -> None:
-    """Remove the temporary files below a folder that killed processes left in `replacing` or in
-    safetensors, if older than `before` (seconds since the epoch).
-
-    Only the process that owns the folder may call it.
+    """Remove the temporary files below a folder that killed processes left in `replacing`, if older
+    than `before` (seconds since the epoch). Only its owner may call it; folders in it that others
+    own are left alone.
     """
-    for path in Path(folder).rglob("*.tmp*"):
-        with suppress(FileNotFoundError):  # another process has just finished it
-            if _LEFTOVER.fullmatch(path.name) and path.stat().st_mtime < before:
-                path.unlink()
+    for place, folders, names in os.walk(folder):
+        if _OWNER in names and not os.path.samefile(place, folder):
+            folders.clear()
+            continue
+        if left := list(filter(_LEFTOVER.fullmatch, names)):
+            left += filter(_BESIDE_IT.fullmatch, names)  # safetensors 0.8 writes there first
+        for path in (Path(place, name) for name in left):
+            with suppress(FileNotFoundError):  # another process has just finished it
+                if path.stat().st_mtime < before:
+                    path.unlink()
 
 
 # -- reading ---------------------------------------------------------------------------------------

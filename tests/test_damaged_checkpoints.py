@@ -49,9 +49,10 @@ def test_remains_of_a_killed_save_are_cleared_up(plain, copied, tiny_world):
     ):
         (run_dir / name).mkdir()
         (run_dir / name / "codec.safetensors").write_bytes(b"x")
+    (run_dir / "metrics.jsonl.0123abcd.tmp").touch()
     train(tiny_run(tiny_world, run_dir.name, resume=True))
     assert folder_content(run_dir / "best") == best
-    assert not [*run_dir.rglob("*.t2i-partial"), *run_dir.rglob("*.t2i-old")]
+    assert not [path for name in ("partial", "old", "tmp") for path in run_dir.rglob(f"*{name}")]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from t2i.files import (
     partial_folder,
     read_json,
     read_json_lines,
+    remove_leftovers,
     replacing,
     replacing_folder,
     saving,
@@ -182,6 +183,23 @@ def test_a_refused_command_leaves_no_lock(tmp_path):
     with owning(tmp_path, "output folder"):
         pass
     assert (tmp_path / ".lock").exists(), "it is not this command's"
+
+
+def test_only_temporary_files_of_killed_programs_are_removed(tmp_path):
+    """Those of a program at work in a folder below, and those of other programs, stay."""
+    mine, other = tmp_path / "mine", tmp_path / "mine" / "other"
+    for folder in (mine / "samples", other):
+        folder.mkdir(parents=True)
+        (folder / "page.html.0123abcd.tmp").touch()
+    (mine / "samples" / ".tmpA1b2C3").touch()  # by safetensors
+    stays = {mine / "notes.tmp", mine / ".tmpA1b2C3", other / "page.html.0123abcd.tmp"}
+    for path in stays:
+        path.touch()
+    with owning(mine, "folder"), owning(other, "run folder"):
+        remove_leftovers(mine)
+    assert set(mine.rglob("*.tmp*")) == stays
+    remove_leftovers(mine)
+    assert set(mine.rglob("*.tmp*")) == {mine / "notes.tmp", mine / ".tmpA1b2C3"}
 
 
 def test_the_nearest_path_is_named(tmp_path):

@@ -250,12 +250,12 @@ def run(
 
         def claim() -> None:  # the main process holds the folder for all processes of this launch
             held.enter_context(owning(out, "output folder"))
-            remove_leftovers(out)
             if images is None:
                 claim_output(out, out / "images")
                 check_prompts(out / "images", entries, options.seed)
             elif arrange is None:
                 check_images(images, entries, options.scope, out)
+            remove_leftovers(out)
 
         processes.on_main(claim)
         copy = arrange(out, processes) if images is not None and arrange is not None else None

@@ -30,7 +30,16 @@ from t2i.checkpoint_folders import (
 )
 from t2i.errors import UserError
 from t2i.fields import plain, read_object
-from t2i.files import PARTIAL, REPLACED, owning, read_json, saving, settle_folder, writable_folder
+from t2i.files import (
+    PARTIAL,
+    REPLACED,
+    owning,
+    read_json,
+    remove_leftovers,
+    saving,
+    settle_folder,
+    writable_folder,
+)
 from t2i.manifest import TRAINING_STATE, refuse_in_checkpoint
 from t2i.processes import Processes
 from t2i.tensorar.model import TensorAR
@@ -226,6 +235,8 @@ def owned(config: TrainConfig, processes: Processes) -> Iterator[None]:
             refuse_in_checkpoint(config.run_dir, "run_dir")
             stack.enter_context(owning(config.run_dir, "run folder"))
             _refuse_foreign(config.run_dir)
+            if is_run(config.run_dir):
+                remove_leftovers(config.run_dir)
             # A kill in the middle of a save leaves partial folders.
             left = (config.run_dir / "checkpoints").glob("step_*.*")
             saved = {path.with_suffix("") for path in left if path.suffix in (PARTIAL, REPLACED)}
