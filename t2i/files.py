@@ -330,8 +330,8 @@ def writable_folder(folder: str | Path, *, make: bool = True) -> Path:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:  # whatever the reason, the user chose this place
-        text = f"cannot write to {folder}: {error.strerror}. Choose another place"
-        raise UserError(text) from error
+        reason = _full(error) or f"{error.strerror}. Choose another place"
+        raise UserError(f"cannot write to {folder}: {reason}") from error
     return folder
 
 

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import edited, folder_content
+from helpers import Killed, edited, folder_content
 from runs import assert_same_weights, metrics, tiny_run, weights
 
 import t2i
@@ -53,6 +54,26 @@ def test_remains_of_a_killed_save_are_cleared_up(plain, copied, tiny_world):
     train(tiny_run(tiny_world, run_dir.name, resume=True))
     assert folder_content(run_dir / "best") == best
     assert not [path for name in ("partial", "old", "tmp") for path in run_dir.rglob(f"*{name}")]
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted(tiny_world, monkeypatch):
+    """Half a checkpoint stayed, with its manifest, if the run was not to save again."""
+
+    def half(folder, ignore_errors=False):
+        if ignore_errors or "step_" not in str(folder):
+            return remove(folder, ignore_errors)
+        (folder / "codec.safetensors").unlink()
+        raise Killed
+
+    remove = shutil.rmtree
+    changes = {"steps": 3, "log__save_every": 1, "log__keep_last": 2, "log__keep_best": False}
+    config = tiny_run(tiny_world, "killed-in-deletion", **changes)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", half)
+        train(config)
+    train(replace(config, resume=True))
+    kept = sorted(path.name for path in (config.run_dir / "checkpoints").iterdir())
+    assert kept == ["step_000002", "step_000003"]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from t2i.files import (
     PARTIAL,
     REPLACED,
     owning,
+    partial_folder,
     read_json,
     remove_leftovers,
     saving,
@@ -101,10 +102,11 @@ class Checkpoints:
         self._write(folder, {"step": step}, write_training_state)
         if self.processes.is_main:
             for old in run_checkpoints(self.config.run_dir)[: -self.config.log.keep_last]:
-                try:
-                    shutil.rmtree(old)
+                try:  # it loses its name first, so that a kill leaves no half of a checkpoint
+                    os.rename(old, left := partial_folder(old))
+                    shutil.rmtree(left)
                 except OSError as error:  # for example a file that is open elsewhere, on NFS
-                    log.warning("%s is left as it is: it cannot be deleted (%s)", old, error)
+                    log.warning("%s cannot be deleted (%s)", old, error)
         self.processes.barrier()
         return folder
 
