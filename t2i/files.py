@@ -184,9 +184,8 @@ def _forbidden(error: Exception) -> str | None:
 
 
 def remove_leftovers(folder: str | Path, before: float = math.inf) -> None:
-    """Remove the temporary files below a folder that killed processes left in `replacing`, if older
-    than `before` (seconds since the epoch). Only its owner may call it; folders in it that others
-    own are left alone.
+    """Remove the temporary files that killed processes left below a folder, if older than `before`
+    (seconds since the epoch). Only its owner may call it; folders in it that others own stay.
     """
     for place, folders, names in os.walk(folder):
         if _OWNER in names and not os.path.samefile(place, folder):
@@ -379,7 +378,8 @@ def owning(folder: str | Path, what: str, name: str = "") -> Iterator[None]:
             "wait for it to end, or choose another place"
         ) from error
     try:
-        write_json(owner, {"host": socket.gethostname(), "process": os.getpid()})
+        with saving(owner):
+            owner.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
         yield
     finally:
         owner.unlink(missing_ok=True)
