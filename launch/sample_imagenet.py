@@ -50,7 +50,7 @@ class ClassConfig(DrawingModelOptions):
 def main() -> None:
     config = cli.parse(ClassConfig, __doc__, main=_MAIN)
     from t2i.evaluation.draw import draw_classes, numbered_place
-    from t2i.files import owning
+    from t2i.files import owning, remove_leftovers
     from t2i.processes import join_processes
 
     device, dtype = config.check()
@@ -65,6 +65,7 @@ def main() -> None:
             if config.batch_size is not None:
                 known["batch_size"] = config.batch_size
             numbered_place(out, images.count).check(known)
+            remove_leftovers(out)
 
         processes.on_main(claim)
         model = config.load(processes.device, dtype)

@@ -119,6 +119,12 @@ def test_train_resume_sample(base, world, tmp_path, monkeypatch):
     assert images.shape == (8, 24, 24, 3) and images.std() > 0
     assert len(np.unique(images, axis=0)) == 8, "every image has its own random numbers"
 
+    out = tmp_path / "samples"
+    call(monkeypatch, sample_imagenet, *options, "--out", out)
+    (left := out / "000001.png.0123abcd.tmp").touch()  # as by a kill
+    call(monkeypatch, sample_imagenet, *options, "--out", out)
+    assert not left.exists() and len(list(out.glob("*.png"))) == 8
+
 
 @pytest.mark.slow
 def test_the_fid_program_runs_the_full_size_network(tmp_path, monkeypatch):
