@@ -29,9 +29,10 @@ _LEFTOVER, _BESIDE_IT = re.compile(r".+\.[0-9a-f]{8}\.tmp"), re.compile(r"\.tmp[
 _LOCK, _OWNER = ".lock", ".owner.json"
 PARTIAL, REPLACED = ".t2i-partial", ".t2i-old"
 """Name endings of temporary folders. Folders named so get deleted: users must not use them."""
-_PASSING = {
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
-    *(errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+_PASSING = {  # EIO: what mounted object stores, and NFS mounted "soft", answer to a lost network
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT),
+    *(errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN),
+    errno.ENETUNREACH,
 }
 _OF_FILES = (".png", ".jpg", ".npy", ".npz", ".html", ".json", ".pt", ".safetensors", ".zip")
 
@@ -216,7 +217,8 @@ def reading(what: str | Path) -> Iterator[None]:
 
 
 def unreadable_now(what: str | Path, error: Exception) -> UserError:
-    return UserError(f"{what} cannot be read now ({error}). Start again to continue")
+    why = getattr(error, "strerror", None) or error
+    return UserError(f"{what} cannot be read now ({why}). Start again, without it if this stays so")
 
 
 def refuse_passing(what: str | Path, error: Exception) -> None:
