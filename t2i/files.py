@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from t2i.errors import UserError, broken_link, refuse_utf16
 from t2i.lfs import refuse_pointers
 
-_LEFTOVER, _BESIDE_IT = re.compile(r".+\.[0-9a-f]{8}\.tmp"), re.compile(r"\.tmp[A-Za-z0-9]{6}")
+_LEFTOVER, _SAFETENSORS = re.compile(r".+\.[0-9a-f]{8}\.tmp"), re.compile(r"\.tmp[A-Za-z0-9]{6}")
 _LOCK, _OWNER = ".lock", ".owner.json"
 PARTIAL, REPLACED = ".t2i-partial", ".t2i-old"
 """Name endings of temporary folders. Folders named so get deleted: users must not use them."""
@@ -193,7 +193,7 @@ def remove_leftovers(folder: str | Path, before: float = math.inf) -> None:
             folders.clear()
             continue
         if left := list(filter(_LEFTOVER.fullmatch, names)):
-            left += filter(_BESIDE_IT.fullmatch, names)  # safetensors 0.8 writes there first
+            left += filter(_SAFETENSORS.fullmatch, names)  # 0.8 writes there first
         for path in (Path(place, name) for name in left):
             with suppress(FileNotFoundError):  # another process has just finished it
                 if path.stat().st_mtime < before:
