@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent, waiting for files, overriding settings."""
 
+import errno
 import json
 import os
 from dataclasses import dataclass, fields
@@ -94,6 +95,18 @@ def test_numpys_error_on_a_full_disk_is_translated(tmp_path):
         np.zeros(100_000).tofile(file)
     with pytest.raises(RuntimeError, match="requested and"), saving("x"):
         raise RuntimeError("12 GB requested and not available on the device")
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"), [(errno.ENOSPC, "Free some and"), (errno.EACCES, "Choose another place")]
+)
+def test_a_folder_that_cannot_be_made_is_reported(number, advice, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path / 'a'}: .*{advice}"):
+        writable_folder(tmp_path / "a")
 
 
 def test_waiting_continues_while_files_appear(tmp_path, monkeypatch):
