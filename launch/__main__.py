@@ -16,6 +16,7 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli
 from t2i.errors import UserError, choose_one
+from t2i.launcher import without_rank
 
 VERBS = {
     "train-llamagen": ("launch.train_llamagen", "fine-tune LlamaGen text-to-image"),
@@ -46,8 +47,7 @@ def main() -> None:
 
 def _program() -> None:
     """Run the program that the first argument names."""
-    # DeepSpeed's launcher puts --local_rank=N before the verb.
-    given = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    given = without_rank(sys.argv[1:])  # it stands before the verb
     verb = given[0] if given else "--help"
     if verb in ("-h", "--help"):
         width = max(map(len, VERBS))

@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin,
 import tyro
 
 from t2i.errors import Stopped, UserError, check_text, choose_one
-from t2i.launcher import handling, is_main_process, resume_command, stop_signals
+from t2i.launcher import (
+    handling,
+    is_main_process,
+    resume_command,
+    stop_signals,
+    without_rank,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -236,8 +242,7 @@ def _showing(kind: type, names: Sequence[str], default: object) -> type:
 
 
 def _arguments() -> list[str]:
-    # DeepSpeed's launcher appends --local_rank=N, which is in the environment as well.
-    given = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    given = without_rank(sys.argv[1:])
     # Shells expand "--run-dir ~/a" but not "--run-dir=~/a", which would create a folder named "~".
     home = os.path.expanduser("~")
     return [
@@ -261,7 +266,7 @@ def _log_plainly() -> None:
         out.reconfigure(errors="backslashreplace")  # the locale may lack é and ±
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
-    for noisy in ("httpx", "transformers"):
+    for noisy in ("httpx", "httpx2", "transformers"):  # the hub's library uses one of the first two
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # It also raises the errors that it logs.
     logging.getLogger("datasets").setLevel(logging.CRITICAL)

@@ -245,7 +245,14 @@ def resume_command() -> str:
 
 def _command_line(process: int) -> list[str]:
     words = _proc(process, "cmdline").split(b"\0")[:-1]
-    return [os.fsdecode(word) for word in words if not word.startswith(b"--local_rank")]
+    return without_rank(os.fsdecode(word) for word in words)
+
+
+def without_rank(words: Iterable[str]) -> list[str]:
+    """A command line without the rank that deepspeed (--local_rank=N) and torch.distributed.launch
+    (--local-rank=N) add; the environment has it as well.
+    """
+    return [word for word in words if not re.match("--local[_-]rank=", word)]
 
 
 def _launcher_count() -> int:

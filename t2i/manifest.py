@@ -32,9 +32,10 @@ def refuse_in_checkpoint(place: str | Path, option: str) -> None:
         if folder.name in _OF_RUN and (
             (run_dir / "metrics.jsonl").is_file() or any(run_dir.glob(f"checkpoints/*/{MANIFEST}"))
         ):
+            own = f"; --resume takes the run's own folder, {run_dir}" if option == "run_dir" else ""
             raise UserError(
                 f"{option} {place} lies in {folder}, where a training run keeps its checkpoints and "
-                "which it deletes or replaces as a whole: choose another folder"
+                f"which it deletes or replaces as a whole: choose another folder{own}"
             )
 
 

@@ -41,7 +41,7 @@ def test_recipes_have_run_folders_of_their_own():
 @pytest.mark.parametrize("name", RECIPES)
 def test_options_change_only_what_they_name(name, monkeypatch):
     """All other settings of the recipe stay."""
-    options = ["--method.k", "2", "--optim.codec-lr", "3e-4"]
+    options = ["--method.k", "2", "--optim.codec-lr", "3e-4", "--local-rank=1"]
     monkeypatch.setattr(sys, "argv", ["train", "--local_rank=1", name, *options])
     recipe = RECIPES[name][1]
     method, optim = replace(recipe.method, k=2), replace(recipe.optim, codec_lr=3e-4)

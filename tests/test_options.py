@@ -1,5 +1,10 @@
 """Refused settings, the shapes source by name, and the option to train on own drafts."""
 
+import re
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
 import pytest
 import torch
 from helpers import tiny_llamagen
@@ -11,8 +16,9 @@ from t2i.shapes.scenes import render, sample_scene
 from t2i.shapes.shapes_source import FINE_TUNING_SEED, parse_shapes
 from t2i.tensorar import presets
 from t2i.tensorar.model import TensorAR
-from t2i.training.config import DataOptions, OptimOptions, TrainConfig
-from t2i.training.logs import choose_tracker
+from t2i.training.check import look_before_work
+from t2i.training.config import DataOptions, LogOptions, OptimOptions, TrainConfig
+from t2i.training.logs import MetricsLog, choose_tracker
 from t2i.training.open_data import open_data
 from t2i.tuning import LoRAConfig
 
@@ -57,6 +63,30 @@ def test_shapes_source_draws_the_fine_tuning_world():
 def test_bad_settings_are_refused_with_a_reason(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_wandb_is_asked_before_the_work_and_takes_any_folders_name(tmp_path, monkeypatch):
+    """Without a key it refused, or waited for one at the terminal, when all data were encoded; a
+    colon in the folder's name failed then, too.
+    """
+    wandb, started = ModuleType("wandb"), []
+    wandb.__spec__, wandb.Error = ModuleSpec("wandb", None), type("Error", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    wandb.init = lambda **options: started.append(options)
+    run_dir = tmp_path / "lr:1e-4 #2"
+    config = TrainConfig(run_dir=run_dir, log=LogOptions(tracker="wandb"))
+    run_dir.mkdir()
+    MetricsLog(config, 0)
+    assert re.fullmatch(r"lr-1e-4--2-\w{8}", started[0]["id"])
+
+    def refuse(**options):
+        raise wandb.Error("No API key configured")
+
+    wandb.login = wandb.init = refuse
+    with pytest.raises(UserError, match=r"No API key.*`wandb login`, or set WANDB_MODE=offline"):
+        MetricsLog(config, 0)
+    with pytest.raises(UserError, match="No API key"):
+        look_before_work(config, 1, None)
 
 
 def test_training_windows_mix_own_drafts_by_sample():

@@ -4,16 +4,18 @@ the error says what to do.
 
 import hashlib
 import http.server
+import logging
 import threading
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 from helpers import in_threads
 
-from t2i import published
+from t2i import cli, published
 from t2i.errors import UserError
 from t2i.published import PublishedFile
 
@@ -208,6 +210,14 @@ def test_a_hub_that_does_not_answer_is_not_asked(at_port, monkeypatch, tmp_path)
     assert "models/jannus is neither a local folder nor a model on the hub" in str(caught.value)
     assert "(no connection to the hub, or no answer)" in str(caught.value)
     assert "perhaps you meant models/janus" in str(caught.value) and asked == [True]
+
+
+def test_the_hubs_requests_are_not_logged(caplog):
+    """Every download printed a line for each request."""
+    client = type(huggingface_hub.get_session()).__module__.partition(".")[0]
+    caplog.set_level(logging.INFO)
+    cli.run(lambda: None)
+    assert not logging.getLogger(client).isEnabledFor(logging.INFO)
 
 
 def test_a_model_is_fetched_with_the_first_kind_of_weights_it_has(monkeypatch, tmp_path):

@@ -85,7 +85,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tiny_world, monkeypatch):
         train(tiny_run(tiny_world, "ctrl-c", steps=2))
 
 
-def test_resume_refuses_another_run(tiny_world, plain, tmp_path):
+def test_resume_refuses_another_run(tiny_world, plain, tmp_path, caplog):
     def refused(message: str, **changes):
         with pytest.raises(ValueError, match=message):
             train(tiny_run(tiny_world, "plain", **{"resume": True, **changes}))
@@ -105,7 +105,11 @@ def test_resume_refuses_another_run(tiny_world, plain, tmp_path):
     other = build_model(tiny_run(tiny_world, "-", method__k=2))
     with pytest.raises(UserError, match=r"not match this model's trained parameters: codec\."):
         StoredState(plain / "training_state", other)
+    caplog.clear()
     assert train(tiny_run(tiny_world, "plain", resume=True)) == plain, "nothing left to do"
+    assert "all 3 steps are done; give more --steps" in caplog.text
+    with pytest.raises(UserError, match=r"--resume takes the run's own folder, .*plain$"):
+        train(tiny_run(tiny_world, f"plain/checkpoints/{plain.name}", resume=True))
 
 
 def test_resume_refuses_changed_data(tiny_world, tmp_path, monkeypatch):

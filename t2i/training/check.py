@@ -32,10 +32,10 @@ from t2i.training.batches import stored_data_key
 from t2i.training.config import DataOptions, LabelledOptions, TrainConfig
 from t2i.training.engine import check_compiler, deepspeed_config, parameter_groups
 from t2i.training.examples import check_backbone, image_size, views_of
-from t2i.training.logs import choose_tracker
+from t2i.training.logs import check_tracker
 from t2i.training.open_data import labelled_sources, open_data, open_labelled, refuse_inside
 from t2i.training.run_plan import Plan, about_few_pictures, about_settings, peak_rates, plan_run
-from t2i.training.run_state import check_resumable, claim_run_dir, steps_done
+from t2i.training.run_state import all_done, check_resumable, claim_run_dir, steps_done
 from t2i.training.scale import checkpoint_bytes
 from t2i.training.settings import settings_of
 from t2i.training.size_report import size_report
@@ -54,7 +54,7 @@ def look_before_work(
     checked.
     """
     _refuse_not_utf8(config)
-    choose_tracker(config.log.tracker)
+    check_tracker(config.log.tracker)
     if checkpoint is not None:
         check_resumable(config, world_size, checkpoint)
     check_cache_dir(config.data.cache_dir)
@@ -190,7 +190,7 @@ def _look_ahead(
         except UserError as error:  # still report which samples are skipped, and why
             ends.append(f"training would end at once: {error}")
     if checkpoint and plan and steps_done(config, checkpoint, plan.steps) == plan.steps:
-        ends.append(f"all {plan.steps} steps are done; give more --steps (or --epochs) to continue")
+        ends.append(all_done(plan.steps))
     return plan, ends
 
 

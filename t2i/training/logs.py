@@ -2,13 +2,16 @@
 
 import json
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from t2i.errors import UserError
 from t2i.fields import plain
 from t2i.files import reading, saving, text_sha256, write_text
+from t2i.launcher import is_main_process
 from t2i.training.config import METRICS, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,30 @@ def choose_tracker(name: str) -> str:
     return name
 
 
+def check_tracker(name: str) -> None:
+    """UserError if the tracker cannot be used: wandb asks for its key, and checks it, only when it
+    is first used, which may be hours later.
+    """
+    if choose_tracker(name) == "wandb" and is_main_process():
+        import wandb
+
+        with _starting_wandb():
+            wandb.login()  # nothing happens offline
+
+
+@contextmanager
+def _starting_wandb() -> Iterator[None]:
+    import wandb
+
+    try:
+        yield
+    except wandb.Error as error:
+        raise UserError(
+            f"log.tracker=wandb cannot be used ({error}): log in with `wandb login`, or set "
+            "WANDB_MODE=offline to upload the metrics later with `wandb sync`"
+        ) from error
+
+
 def _start_tracker(
     config: TrainConfig, start_step: int
 ) -> Callable[[int, dict[str, float]], object]:
@@ -89,9 +116,10 @@ def _start_tracker(
         import wandb
 
         path = str(run_dir.resolve())
-        run_id = f"{run_dir.name}-{text_sha256(path)[:8]}"
-        run = wandb.init(
-            project=config.log.project, dir=path, config=plain(config), resume="allow", id=run_id
-        )
+        # Other characters are not allowed, but a folder's name may have them.
+        run_id = re.sub(r"[^\w.-]", "-", run_dir.name[:50]) + "-" + text_sha256(path)[:8]
+        project, settings = config.log.project, plain(config)
+        with _starting_wandb():
+            run = wandb.init(project=project, dir=path, config=settings, resume="allow", id=run_id)
         return lambda step, values: run.log(values, step=step)
     return lambda step, values: None

@@ -1,5 +1,6 @@
 """The training loop: `train` starts or resumes a run, and takes its steps (`training_run.py`)."""
 
+import logging
 import math
 import signal
 import time
@@ -19,6 +20,7 @@ from t2i.training.run_page import refresh_run_page
 from t2i.training.settings import settings_of
 from t2i.training.training_run import Run
 
+log = logging.getLogger(__name__)
 _ONE_REQUEST_SECONDS = 2.0
 
 
@@ -52,6 +54,8 @@ def _train(run: Run) -> Path:
     run.catch_up()
     started, first = time.perf_counter(), run.step
     run.learning_mode()
+    if first == plan.steps and run.processes.is_main:
+        log.warning(run_state.all_done(plan.steps))
     bar = progress_bar(
         total=plan.steps,
         initial=first,

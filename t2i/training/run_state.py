@@ -226,6 +226,11 @@ def steps_done(config: TrainConfig, folder: Path, steps: int) -> int:
     return done
 
 
+def all_done(steps: int) -> str:
+    """What to say of a run that is to have no more steps than it has done."""
+    return f"all {steps} steps are done; give more --steps (or --epochs) to continue"
+
+
 @contextmanager
 def owned(config: TrainConfig, processes: Processes) -> Iterator[None]:
     """Reserve the run folder for this run. Every process calls it."""
