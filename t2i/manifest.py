@@ -39,6 +39,27 @@ def refuse_in_checkpoint(place: str | Path, option: str) -> None:
             )
 
 
+def other_kind(folder: Path) -> str:
+    """The end of a message about a folder that is neither a checkpoint nor a base: what to give
+    instead, if another program is known to write such folders.
+    """
+    if (folder.parent / MANIFEST).is_file():
+        return f"; it is a part of {folder.parent}"
+    if (folder / "blobs").is_dir() and (snapshots := sorted(folder.glob("snapshots/*/"))):
+        return f"; it is a place in the hub's cache, whose model is {snapshots[-1]}"
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "; it is an adapter alone: merge it into its base with PEFT (merge_and_unload, then "
+            "save_pretrained), and give that folder"
+        )
+    if (folder / "zero_to_fp32.py").is_file() or any(folder.glob("*mp_rank_*_states.pt")):
+        return (
+            "; it is a training state of DeepSpeed: the zero_to_fp32.py in it or above it makes "
+            "weight files"
+        )
+    return ""
+
+
 def refuse_replacing(folder: Path) -> None:
     """UserError unless a checkpoint may be written there, which replaces the folder as a whole: it
     must be new, empty, or a checkpoint of which every file is listed, without a training state.
@@ -115,10 +136,10 @@ def _read(folder: Path) -> dict[str, tuple[int, str | None]]:
     if not path.is_file():
         below = [p for way in ("step_*", "*/checkpoints/step_*") for p in folder.glob(way)]
         whole = sorted(place for place in below if (place / MANIFEST).is_file())
-        hint = f"; {whole[-1]} is one" if whole else ""
+        hint = f"; {whole[-1]} is one" if whole else other_kind(folder)
         raise DamagedError(
-            f"{folder} is not a complete checkpoint folder: {MANIFEST} is missing "
-            "(load a base model with load_backbone; after a run that stopped while saving, use an "
+            f"{folder} is not a complete checkpoint folder: {MANIFEST} is missing (a base is given "
+            "as --base.weights, or to load_backbone; after a run that stopped while saving, use an "
             f"earlier step){hint}"
         )
     try:

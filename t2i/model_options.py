@@ -119,7 +119,7 @@ class ModelOptions:
         """
         from t2i.checkpoint_folders import find_checkpoint, is_checkpoint, read_config
         from t2i.loading import pick_device
-        from t2i.sources import check_named, family_of, shipped_bases
+        from t2i.sources import check_named, family_of, no_backbone, shipped_bases
         from t2i.tensorar.speed import check_speed
 
         if self.source is None:
@@ -149,6 +149,8 @@ class ModelOptions:
             if said := namesake(self.source, "the base that the kit ships"):
                 log.warning(said)
         elif folder.is_dir() and not (folder / "config.json").is_file():
+            if self.ckpt is None:
+                raise no_backbone(folder)
             read_config(find_checkpoint(folder))
         elif self.base.family is None:
             family_of(self.source)

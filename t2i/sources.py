@@ -14,6 +14,7 @@ from typing import Any
 from t2i.errors import UserError, nearest_path
 from t2i.fields import read_object
 from t2i.files import namesake
+from t2i.manifest import other_kind
 from t2i.models.families import FAMILIES, Family, find_family
 from t2i.published import asking_hub, fetch_model, hub_is_away, remembered_sha256
 from t2i.weights import stored_sha256
@@ -223,13 +224,18 @@ def expand_folder(source: BackboneSource) -> BackboneSource:
     )
 
 
+def no_backbone(folder: Path) -> UserError:
+    """The error about a folder without the config.json that all backbone folders have."""
+    return UserError(
+        f"{folder} is not a backbone folder: it has no config.json "
+        f"(give a weight file by its own path){other_kind(folder)}"
+    )
+
+
 def _read_backbone_folder(path: Path, family: Family) -> dict:
     """The content of a backbone folder's config.json; empty for a folder as published."""
     if not (path / "config.json").is_file():
-        raise UserError(
-            f"{path} is not a backbone folder: it has no config.json "
-            "(give a weight file by its own path)"
-        )
+        raise no_backbone(path)
     stored = read_object(path / "config.json")
     if "family" not in stored and family.published_as_folder:
         return {}

@@ -397,8 +397,35 @@ def test_bad_checkpoints_are_refused(generate_fails, plain, tiny_world, tmp_path
     shutil.copytree(plain, copy)
     os.truncate(copy / "backbone.safetensors", 1000)
     assert "backbone.safetensors is missing or does not have" in message(copy)
+    assert f"it is a part of {copy}" in message(copy / "training_state")
     (copy / "manifest.json").unlink()
     assert "manifest.json is missing" in message(copy)
+
+
+def test_folders_of_other_programs_are_named(generate_fails, train_fails, fails, tmp_path):
+    """All were called checkpoints without a manifest, also where a base was asked for."""
+    hub = tmp_path / "models--a--b"
+    (hub / "blobs").mkdir(parents=True)
+    (snapshot := hub / "snapshots" / "0af1").mkdir(parents=True)
+    (adapter := tmp_path / "peft").mkdir()
+    (adapter / "adapter_config.json").touch()
+    (state := tmp_path / "deepspeed" / "global_step5").mkdir(parents=True)
+    (state / "mp_rank_00_model_states.pt").touch()
+    (state.parent / "zero_to_fp32.py").touch()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for folder, said in {
+        hub: f"a place in the hub's cache, whose model is {snapshot}",
+        adapter: "it is an adapter alone: merge it into its base",
+        state: "the zero_to_fp32.py in it or above it",
+        state.parent: "it is a training state of DeepSpeed",
+        empty: "",
+    }.items():
+        base = fails(generate, "--prompt", "a", "--base.weights", folder)
+        for of_base in (base, train_fails("--backbone.weights", folder)):
+            assert f"{folder} is not a backbone folder" in of_base and said in of_base
+        of_checkpoint = generate_fails("--prompt", "a", "--ckpt", folder)
+        assert "is not a complete checkpoint folder" in of_checkpoint and said in of_checkpoint
 
 
 def test_a_checkpoint_given_as_base_is_refused(fails, plain):
