@@ -1,12 +1,16 @@
 """Exceptions that tell a user's mistake from a bug in the kit, and helpers for error messages."""
 
 import codecs
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+
+ONE_OBJECT = 'each line must be one whole object, such as {"name": "a value"}'
+"""Advice about .jsonl files."""
 
 
 class UserError(ValueError):
@@ -88,6 +92,12 @@ def refuse_utf16(content: bytes, what: str | Path) -> None:
         raise UserError(
             f"{what} is UTF-16, not UTF-8: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)"
         )
+
+
+def not_json(where: str, error: Exception) -> UserError:
+    """The error about a line of a .jsonl file."""
+    advice = f"; {ONE_OBJECT}" if isinstance(error, json.JSONDecodeError) else ""
+    return UserError(f"{where} is not JSON: {error}{advice}")
 
 
 def broken_link(path: str | Path) -> str:

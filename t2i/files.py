@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from t2i.errors import UserError, broken_link, refuse_utf16
+from t2i.errors import ONE_OBJECT, UserError, broken_link, not_json, refuse_utf16
 from t2i.lfs import refuse_pointers
 
 _LEFTOVER, _SAFETENSORS = re.compile(r".+\.[0-9a-f]{8}\.tmp"), re.compile(r"\.tmp[A-Za-z0-9]{6}")
@@ -277,9 +277,11 @@ def read_json_lines(
             rows.append(parse(line, object_pairs_hook=once_each))
         except (ValueError, RecursionError) as error:
             refuse_pointers(Path(path))
-            raise UserError(f"{path} line {number} is not JSON: {error}") from error
+            raise not_json(f"{path} line {number}", error) from error
         if not isinstance(rows[-1], dict):
-            raise UserError(f"{path} line {number} is not a JSON object: {line[:80]!r}")
+            raise UserError(
+                f"{path} line {number} is not a JSON object: {line[:80]!r}; {ONE_OBJECT}"
+            )
     return rows
 
 

@@ -327,6 +327,7 @@ def test_bad_prompts_are_refused(generate_fails, tmp_path):
         ("a.txt", ["# mine", "a dot", "// more"], "2 of 3 lines look like comments"),
         ("a.txt", ["1. a dot", "2. a ring"], "2 of 2 lines look like comments"),
         ("a.md", ["- a dot"], "1 of 1 lines look like"),
+        ("a.txt", ["a dot --n blur --w 512", "a dot"], "1 of 2 lines hold settings of another"),
         ("a.txt", ['"a dot",', "'a ring'"], "2 of 2 lines"),
         ("a.txt", ["Prompt\tCategory", "a dot\tshapes"], "('Prompt\\tCategory')"),
         ("a.txt", ["a 3D dot - red", "2 dots", '"big" dot', "a dot (red:1.2)"], None),

@@ -130,6 +130,7 @@ AS_JSON = "caption is JSON, used as text"
         ("a dot &amp; a ring", ["a dot &amp; a ring"], ("caption holds HTML",)),
         ("<b>a dot</b>", ["<b>a dot</b>"], ("caption holds HTML",)),
         ("a {color} dot", ["a {color} dot"], ("caption holds an unfilled {field}",)),
+        ("[trigger], a dot", ["[trigger], a dot"], ("caption holds an unfilled {field}",)),
         ("a dot --ar 16:9 --v 6", ["a dot --ar 16:9 --v 6"], (SETTINGS,)),
         ("a dot <lora:x:0.8>", ["a dot <lora:x:0.8>"], (SETTINGS,)),
         ("a dot\nNegative prompt: blur", ["a dot", "Negative prompt: blur"], (SETTINGS,)),

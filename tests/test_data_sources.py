@@ -170,6 +170,34 @@ def test_metadata_traps(tmp_path):
     assert source.left_out == [("sub/1.png", "not in metadata"), ("sub/2.png", "not in metadata")]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        r"sub\A.png",
+        r"C:\me\sub\A.png",
+        "train/sub/A.png",
+        "sub/a.png",
+        "sub/A",
+        "sub/A.jpg",
+        "/x/A.png",
+    ],
+)
+def test_images_that_metadata_names_elsewhere(tmp_path, name):
+    """Paths of Windows or of another folder, endings left out, or in capitals: which image is meant
+    was not said.
+    """
+    write_images(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "0.png").rename(tmp_path / "sub" / "A.png")
+    write_metadata(
+        tmp_path, [{"file_name": name, "text": "a"}, {"file_name": "1.png", "text": "b"}]
+    )
+    (said,) = open_source(tmp_path, outside_images=True).remarks
+    assert f"{name} is not there, but sub/A.png is: names in metadata.jsonl are relative" in said
+    write_metadata(tmp_path, [{"file_name": "sub/A.png", "text": "a"}])
+    assert open_source(tmp_path).remarks == []
+
+
 def test_a_misnamed_metadata_file_is_reported(tmp_path):
     write_images(tmp_path)
     write_metadata(tmp_path, [{"file_name": "0.png", "text": "x"}], "metadata.json1")
@@ -183,9 +211,14 @@ def test_bad_metadata_lines(tmp_path):
     path.write_text('{"file_name": "0.png", "text": "x"}\n\n{"file_name": \n')
     with pytest.raises(ValueError, match=r"metadata\.jsonl line 3 is not JSON"):
         open_source(tmp_path)
-    path.write_text('["0.png", "x"]\n')
-    with pytest.raises(ValueError, match="line 1 is not a JSON object"):
-        open_source(tmp_path)
+    # An array, an indented object, and what Python prints instead of JSON.
+    row = "{'file_name': '0.png', 'text': 'x'}"
+    for text in ('["0.png", "x"]\n', '[\n{"file_name": "0.png"}]', '{\n"file_name": "0.png"}', row):
+        path.write_text(text)
+        with pytest.raises(
+            ValueError, match=r"line 1 is not .*; each line must be one whole object"
+        ):
+            open_source(tmp_path)
     path.write_text("")
     with pytest.raises(ValueError, match="holds no rows"):
         open_source(tmp_path)
@@ -280,7 +313,7 @@ def test_wrong_tars(tmp_path):
     with pytest.raises(ValueError, match=r"0\.tar is not an uncompressed tar"):
         open_source(tmp_path)
     write_tar(tmp_path / "0.tar", {"a.txt": "x", "a.cls": "1"})
-    with pytest.raises(ValueError, match=r"holds no images.*extensions: cls, txt"):
+    with pytest.raises(ValueError, match=r"images.*extensions: cls, txt.*--data\.image-column"):
         open_source(tmp_path)
     write_tar(tmp_path / "0.tar", {"a.txt": "x", "a.jpg": b"", "a.png": png(3)})
     with pytest.raises(ValueError, match=r"0\.tar:a holds several images \(jpg, png\)"):

@@ -47,16 +47,19 @@ _NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufdd0-\u
 # Soft hyphens, zero-width spaces, byte order marks and direction marks, which web pages and chats
 # leave in texts. The joiners of emoji and of Persian or Indic words are not among them.
 _INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
+GENERATOR_SETTINGS = re.compile(
+    r"(?:^| )--(?:ar|v|s|q|niji|stylize|chaos|seed|no|n|w|h|d|l) |<(?:lora|lyco|hypernet):|"
+    r"^(?:Negative prompt|Steps): ",
+    re.IGNORECASE,
+)
 _DOUBTS = {
     "caption holds HTML": re.compile(
         r"&(?:[a-z]+|#\d+);|</?(?:a|b|br|div|em|i|img|li|p|span)\b[^>]*>"
     ),
-    "caption holds an unfilled {field}": re.compile(r"\{\w*\}|\[\[\w+\]\]"),
-    "caption holds settings of an image generator": re.compile(
-        r"(?:^| )--(?:ar|v|s|q|niji|stylize|chaos|seed|no|n|w|h) |<(?:lora|lyco|hypernet):|"
-        r"^(?:Negative prompt|Steps): ",
-        re.IGNORECASE,
+    "caption holds an unfilled {field}": re.compile(
+        r"\{\w*\}|\[\[\w+\]\]|\[(?:trigger|name|filewords)\]"
     ),
+    "caption holds settings of an image generator": GENERATOR_SETTINGS,
 }
 """Notes on what captions of web pages, scripts and generators hold besides a description."""
 _PLACEHOLDERS = frozenset(("nan", "none", "null", "n/a", "undefined"))

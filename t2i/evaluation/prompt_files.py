@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from t2i.errors import UserError, refuse_utf16
+from t2i.data.samples import GENERATOR_SETTINGS
+from t2i.errors import UserError, not_json, refuse_utf16
 from t2i.files import once_each, parse_json, reading
 from t2i.models.conditions import check_captions
 
@@ -62,18 +63,23 @@ def _read_file(path: Path) -> list[dict]:
 
 def _warn_of_marks(path: Path, prompts: Sequence[str]) -> None:
     """Warn about lines of a text file that seem to hold something other than a prompt."""
-    if marked := [text for text in prompts if _MARK.match(text)]:
-        log.warning(
-            f"{path}: {len(marked)} of {len(prompts)} lines look like comments, or items of a list "
-            f"or table, and are drawn as they are ({marked[0]!r:.80})"
-        )
+    signs = {
+        "look like comments, or items of a list or table": _MARK.match,
+        "hold settings of another program": GENERATOR_SETTINGS.search,
+    }
+    for seem, sign in signs.items():
+        if marked := [text for text in prompts if sign(text)]:
+            log.warning(
+                f"{path}: {len(marked)} of {len(prompts)} lines {seem}, and are drawn as they are "
+                f"({marked[0]!r:.80})"
+            )
 
 
 def _parse_text_line(line: bytes, where: str) -> dict:
     try:
         text = line.decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text: {error}") from error
+        raise UserError(f"{where} is not UTF-8 text: {error}; save the file as UTF-8") from error
     if any(ord(c) < 32 and c != "\t" for c in text):
         raise UserError(f"{where} is not text: it has control characters ({text[:80]!r})")
     entry = None
@@ -88,7 +94,7 @@ def _parse_json_line(line: bytes, where: str) -> dict:
     try:
         entry = parse_json(line, parse_constant=_refuse, object_pairs_hook=once_each)
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise UserError(f"{where} is not JSON: {error}") from error
+        raise not_json(where, error) from error
     prompt = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f'{where} has no text under "prompt"')

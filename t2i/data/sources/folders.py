@@ -222,9 +222,23 @@ class MetadataFolder(Source):
         texts = [name for name, value in first.items() if isinstance(value, str | list)]
         self.remarks += about_columns(texts, splits, wanted.caption_column, self._caption)
         listed = {self._folder / name for name in self._listed()}
-        self.left_out = [
-            (name_in(folder, path), "not in metadata") for path in images if path not in listed
-        ]
+        unlisted = [path for path in images if path not in listed]
+        self.left_out = [(name_in(folder, path), "not in metadata") for path in unlisted]
+        self.remarks += self._misnamed(unlisted)
+
+    def _misnamed(self, unlisted: Sequence[Path]) -> Iterator[str]:
+        """A remark if rows name images by paths that these have elsewhere, or on Windows."""
+        stems = {path.stem.lower(): path for path in unlisted}
+        for name in self._listed() if stems else ():
+            last = Path(re.split(r"[/\\]", name)[-1].lower())
+            path = stems.get(last.stem if is_image(last) else last.name)
+            if path is not None and not os.path.lexists(self._folder / name):
+                yield (
+                    f"{printable(name)} is not there, but {name_in(self._folder, path)} is: names in "
+                    f"{METADATA} are relative to its folder, have / between folders, and end as the "
+                    "file does (.JPG is not .jpg)"
+                )
+                return
 
     def _keys(self, column: str) -> dict[str, None]:
         """The fields of a column that holds objects and nothing that can be a caption."""

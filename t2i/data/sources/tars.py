@@ -161,8 +161,9 @@ def _choose_image(seen: _Seen, name: str, given: str | None) -> str | None:
     if entry is None or not entry.images:
         listing = shorten(sorted(seen.columns), most=20) or "none"
         raise UserError(
-            f"{name} holds no images; the members have the extensions: {listing}. "
-            "(A sample's name ends at the first dot: rename a.b.png to a_b.png)"
+            f"{name} holds no images; the members have the extensions: {listing}. Name that of the "
+            "images with --data.image-column. (A sample's name ends at the first dot: rename a.b.png "
+            "to a_b.png)"
         )
     if len(entry.images) > 1:
         raise UserError(

@@ -138,7 +138,9 @@ def npz_arrays(path: Path) -> set[str]:
             return {name.removesuffix(".npy") for name in archive.namelist()}
     except _BROKEN as error:
         refuse_pointers(path)
-        raise UserError(f"{path} is not a readable .npz file: {error}") from error
+        raise UserError(
+            f"{path} is not a readable .npz file: {error}; give an .npz file or a folder of images"
+        ) from error
 
 
 def read_npz_array(path: Path, name: str) -> np.ndarray:
