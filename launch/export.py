@@ -45,7 +45,7 @@ def main() -> None:
     repo = config.push_to_hub
     done = repo is not None and is_exported(config.ckpt, config.out)
     if repo is not None:
-        prepare_upload(repo, private=config.private)
+        repo = prepare_upload(repo, private=config.private)
     if done:
         print(f"{config.out} already holds the export of {config.ckpt}: uploading it unchanged")
     else:

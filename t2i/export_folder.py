@@ -52,8 +52,8 @@ log = logging.getLogger(__name__)
 _TOKENIZER, _TEXT_ENCODER = "tokenizer.safetensors", "text_encoder"
 _ABOVE = ".."  # the base of an export's checkpoint
 _HUB_ADVICE = (
-    "Log in with `hf auth login`; HF_HUB_OFFLINE must not be set. Running the same command again "
-    "continues from here"
+    "Log in with `hf auth login`, with a token that may write there; HF_HUB_OFFLINE must not be set. "
+    "Running the same command again continues from here"
 )
 
 
@@ -339,14 +339,14 @@ def _usage(family: Family, asked: str) -> list[str]:
 
 
 # -- the hub ---------------------------------------------------------------------------------------
-def prepare_upload(repo: str, *, private: bool = False) -> None:
+def prepare_upload(repo: str, *, private: bool = False) -> str:
     """Create the repository if needed, so that anything that prevents an upload is found before
-    the export.
+    the export. Returns its full name, with the user's own if `repo` names no owner.
     """
     from huggingface_hub import HfApi
 
     with asking_hub(f"cannot write to {repo} on the hub", _HUB_ADVICE):
-        HfApi().create_repo(repo, private=private, exist_ok=True)
+        return HfApi().create_repo(repo, private=private, exist_ok=True).repo_id
 
 
 def push_to_hub(folder: Path, repo: str) -> str:

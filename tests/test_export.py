@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -343,8 +344,10 @@ def test_upload_without_a_network(shapes_ckpt, tmp_path, capsys, monkeypatch):
     def broken(*args, **kwargs):
         raise ConnectionError("the line is down\nand more")
 
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *a, **k: None)
+    created = SimpleNamespace(repo_id="me/mine")
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *a, **k: created)
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", broken)
+    push = ("--push-to-hub", "mine")  # the hub takes names without an owner only for creating
     monkeypatch.setattr("sys.argv", ["export.py", *map(str, arguments + push)])
     with pytest.raises(
         t2i.UserError, match=r"is complete, but could not be uploaded.*line is down"
