@@ -17,8 +17,10 @@ from t2i.errors import UserError
 from t2i.models.llamagen.llamagen_model import LlamaGen
 from t2i.processes import ALONE, Processes
 from t2i.training.batches import TrainingData
+from t2i.training.check import check
 from t2i.training.config import EngineOptions, LabelledOptions, TrainConfig
 from t2i.training.examples import encode_examples
+from t2i.training.recipes import recipe
 from t2i.training.start import build_model
 
 
@@ -255,6 +257,16 @@ def test_codes_that_do_not_fit_are_named_before_the_run(tmp_path):
     spec = replace(spec, grid=(1, 3), subvocabs=(1024,))
     with pytest.raises(UserError, match="line 9: class True and 3 tokens"):
         JsonlCodes(path).check_some(spec.check_codes)
+
+
+def test_codes_of_another_models_tokenizer_are_pointed_out(tmp_path):
+    """RAR's codes, below 1024, were taken for LlamaGen's, below 16384: every code was another."""
+    path = tmp_path / "maskgitvq.jsonl"
+    line = json.dumps({"class_id": 1, "tokens": list(range(1024))[::4]})
+    path.write_text("\n".join([line] * 20))
+    report = check(recipe("llamagen-b-256", {"data.source": (str(path),)}))
+    assert "no code of the first line is above 1020, though this model has 16384" in report
+    assert JsonlCodes(path).remarks == []
 
 
 @pytest.mark.parametrize(

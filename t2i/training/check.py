@@ -259,7 +259,7 @@ def _labelled(
     count = opened.length or 0
     if isinstance(opened, JsonlCodes):
         opened.check_some(backbone.spec.check_codes)
-        return None, count, [f"{source}{count} lines"], []
+        return None, count, [f"{source}{count} lines"], opened.remarks
     size = image_size(backbone)
     survey, usable = survey_source(opened, ImageRules(size, small="upscale"))
     if not usable:

@@ -29,6 +29,7 @@ from t2i.lfs import refuse_pointers
 
 _BLOCK = 1 << 24
 _SAMPLED = 64
+_MANY = 64  # codes, of which some are in the upper seven eighths of their range
 _THREADS, _AT_ONCE = 8, 4096
 
 
@@ -230,9 +231,15 @@ class JsonlCodes(Source):
         ends = np.concatenate([[0], *breaks])
         self._ends = ends if ends[-1] == len(self._bytes) else np.append(ends, len(self._bytes))
         self._positions: int | None = None
-        self._positions = self._parse(0)[1].shape[1]
+        first = self._parse(0)[1]
+        self._positions, highest = first.shape[1], int(first.max())
         identity = {"kind": "jsonl", "vocab": vocab, "num_classes": num_classes}
         super().__init__(str(path), identity, len(self._ends) - 1)
+        if self._positions >= _MANY and highest < vocab // 8:
+            self.remarks.append(
+                f"no code of the first line is above {highest}, though this model has {vocab} codes: "
+                "are they of its own image tokenizer? (RAR's file is for RAR)"
+            )
 
     def files(self) -> list[tuple[str, Path]]:
         return [("codes.jsonl", self._path)]
