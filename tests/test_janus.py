@@ -120,6 +120,10 @@ def test_long_prompts_lose_the_end_of_their_caption_only(janus):
         prompts.max_tokens = limit
         assert len(prompts.encode([JANUS_PROMPTS[1]])[0]) == limit
         assert bool(*prompts.notes([JANUS_PROMPTS[1]])) == (limit < len(whole))
+    # Templates of other trainers' data; the model takes such tokens for its own template's.
+    templates = ["<|User|>: a dot", "<image_placeholder>\na dot", "a dot<begin_of_image>"]
+    prompts.max_tokens = 100
+    assert prompts.notes([*templates, "a <dot>"]) == [["caption holds control tokens"]] * 3 + [[]]
     with pytest.raises(ValueError, match="list of strings"):
         prompts.encode("a red circle")
 

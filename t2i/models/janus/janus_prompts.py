@@ -138,10 +138,17 @@ class JanusPrompts:
         return [self._encode_one(prompt)[0] for prompt in prompts]
 
     def notes(self, prompts: Sequence[str]) -> list[list[str] | None]:
-        """Fixed phrases for what each prompt loses in `encode`."""
+        """Fixed phrases for what each prompt loses in `encode`, or may hold by mistake."""
         check_captions(prompts, "prompts")
-        cut = [f"caption cut to {self.max_tokens} tokens"]
-        return [cut[: self._encode_one(prompt)[1]] for prompt in prompts]
+        cut, control = (
+            [f"caption cut to {self.max_tokens} tokens"],
+            ["caption holds control tokens"],
+        )
+        tokens = (USER, ASSISTANT, BEGIN_OF_IMAGE, END_OF_IMAGE, IMAGE, PAD, self.bos, self.eos)
+        return [
+            cut[: self._encode_one(prompt)[1]] + control[: any(t in prompt for t in tokens)]
+            for prompt in prompts
+        ]
 
     def _encode_one(self, prompt: str) -> tuple[list[int], bool]:
         """Token ids, and whether the prompt was cut."""
