@@ -433,6 +433,13 @@ def test_missing_and_empty_sources(tmp_path, monkeypatch):
             open_source(missing)
     with pytest.raises(ValueError, match=r"neither \.parquet nor \.tar"):
         open_source(tmp_path / "note.md")
+    # One of several was said to be meant.
+    (tmp_path / "00.tar").touch()
+    with pytest.raises(ValueError, match=r"Braces are not expanded: .* as '.*/\*\.tar'$"):
+        open_source(f"{tmp_path}/{{00..12}}.tar")
+    for sign in (",", " ", ":", ", "):
+        with pytest.raises(ValueError, match="one that holds them, or links to them"):
+            open_source(f"{tmp_path}{sign}{tmp_path / 'empty'}")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         open_source("empty/typo")  # looks like a hub id, but the folder exists

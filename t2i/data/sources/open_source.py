@@ -160,7 +160,7 @@ def _find_files(source: str, split: str) -> _Found:
     ]
     if not files:
         problem = "is not a file" if names else "does not exist"
-        near = "" if names else nearest_path(os.path.expanduser(source))
+        near = "" if names else _meant(os.path.expanduser(source))
         raise UserError(
             f"{source} {problem}. Give a folder, .parquet or .tar files, or a hub id such as "
             f"owner/name{near}"
@@ -168,6 +168,17 @@ def _find_files(source: str, split: str) -> _Found:
     if split != "train":
         raise UserError(f"split {split!r}: files given by name have no splits")
     return _Found(files[0], files, left_out)
+
+
+def _meant(source: str) -> str:
+    """The end of a message about data that are not there: what may be meant."""
+    if re.search(r"\{.*(?:,|\.\.).*\}", source):  # as the webdataset library writes many tars
+        pattern = re.sub(r"\{.*\}", "*", source)
+        return f". Braces are not expanded: give the folder, or a pattern such as '{pattern}'"
+    several = re.split(r"[\s,;:]+", source)
+    if len(several) > 1 and all(map(os.path.exists, several)):
+        return ". Several folders are given as one that holds them, or links to them"
+    return nearest_path(source)
 
 
 def _find_in_folder(folder: Path, split: str) -> _Found:
