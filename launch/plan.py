@@ -1,8 +1,8 @@
 """Plan a run on a cluster before you have it: steps, hours, shards, checkpoints, memory and disk,
 computed from settings and shapes alone. A run that is impossible is refused.
 
-python launch/plan.py t2i-xl-256-tuned --gpus 64 --images 100e6 --images-per-second 4000
-python launch/plan.py janus-pro-7b-full-zero3 --gpus 64 --images 100e6 --epochs 1 --disk 20000
+python launch/plan.py t2i-xl-256-tuned --gpus 64 --images 100e6 --batch-size 512
+python launch/plan.py janus-pro-7b-full-zero3 --gpus 32 --images 100e6 --epochs 1 --disk 20000
 
 The recipe's own options are those of its training program.
 """

@@ -205,8 +205,10 @@ def test_a_tilde_after_an_equals_sign_is_expanded(train_fails, tmp_path, monkeyp
 
 def test_a_batch_that_cannot_be_split_is_refused():
     config = TrainConfig(batch_size=16, engine=EngineOptions(micro_batch=4))
-    with pytest.raises(ValueError, match=r"cannot be split over 3 processes.*use a multiple of 12"):
+    with pytest.raises(ValueError, match=r"cannot be split over 3 processes.* multiple of 12$"):
         deepspeed_config(config, world_size=3)
+    with pytest.raises(ValueError, match=r"multiple of 32, or engine\.micro_batch=2$"):
+        deepspeed_config(config, world_size=8)
 
 
 def test_bad_deepspeed_configs_are_refused(train_fails, tmp_path):

@@ -1,5 +1,6 @@
 """Plans for a cluster: figures that can be checked by hand, and what is refused."""
 
+import re
 import sys
 from dataclasses import replace
 
@@ -94,6 +95,9 @@ def test_the_program_takes_the_options_of_the_training_program(capsys, monkeypat
         return capsys.readouterr().out
 
     assert "8 GPUs on 1 machine(s)" in enter("rar-b", "--gpus", "8", "--images", "1e6")
+    # Both examples of the program's own help used to be refused: 64 GPUs cannot share their batch.
+    examples = re.findall(r"^python launch/plan.py (.*)$", plan.__doc__, re.MULTILINE)
+    assert len(examples) == 2 and all("steps" in enter(*line.split()) for line in examples)
     text = "--gpus 8 --images 5000 --engine.micro-batch 4 --data.validation-samples 99"
     said = enter("shapes-tuned", *text.split(), "--backbone.weights", "shapes")
     assert "32 a step = 4 a pass x 1 accumulated x 8 GPUs" in said and "99 of them held out" in said

@@ -77,9 +77,12 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
     engine = config.engine
     per_step = engine.micro_batch * world_size
     if config.batch_size % per_step:
+        each, left = divmod(config.batch_size, world_size)
+        smaller = f", or engine.micro_batch={math.gcd(each, engine.micro_batch)}"
         raise UserError(
             f"batch_size={config.batch_size} cannot be split over {world_size} processes with "
             f"engine.micro_batch={engine.micro_batch}; use a multiple of {per_step}"
+            f"{'' if left else smaller}"
         )
     zero: dict = {"stage": engine.zero_stage}
     if engine.deepspeed_config is not None:
