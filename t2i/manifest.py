@@ -101,8 +101,14 @@ def check_files(folder: Path, *, with_state: bool, contents: bool) -> None:
             folder.
     """
     files = _read(folder)
-    if with_state and not any(name.startswith(f"{TRAINING_STATE}/") for name in files):
-        raise DamagedError(f"{folder / TRAINING_STATE} is missing: no run can resume from it")
+    state = folder / TRAINING_STATE  # it may be deleted to save space
+    if with_state and not (
+        state.is_dir() and any(name.startswith(f"{TRAINING_STATE}/") for name in files)
+    ):
+        raise DamagedError(
+            f"{state} is missing, without which no run can resume: start a new one from its weights, "
+            f"with --backbone.weights {folder}"
+        )
     for pattern in (*_LOADED, f"{TRAINING_STATE}/**/*") if with_state else _LOADED:
         for path in sorted(folder.glob(pattern)):
             if path.is_file() and path.relative_to(folder).as_posix() not in files:

@@ -90,7 +90,7 @@ def test_resume_refuses_another_run(tiny_world, plain, tmp_path, caplog):
         with pytest.raises(ValueError, match=message):
             train(tiny_run(tiny_world, "plain", **{"resume": True, **changes}))
 
-    refused(r"batch_size: 16 -> 8", batch_size=8)
+    refused(r"batch_size: 16 -> 8\): repeat the options that the run began with", batch_size=8)
     refused(r"method.k: 3 -> 2", method__k=2)
     refused(r"ema: 0.0 -> 0.9", ema=0.9)
     refused("has done 3 steps already", steps=2)

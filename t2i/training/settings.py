@@ -108,7 +108,8 @@ def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
     }
     if others := [text for name, text in changed.items() if not _in(APPLIED, name)]:
         raise UserError(
-            f"cannot resume {where} with other settings ({'; '.join(others)}); start a new run_dir"
+            f"cannot resume {where} with other settings ({'; '.join(others)}): repeat the options "
+            "that the run began with, or start a new run_dir"
         )
     began, weights = before.get("backbone.weights"), config.backbone.weights
     if weights != began and not Path(weights).exists():  # a local file's hash is compared instead
