@@ -201,7 +201,7 @@ def test_images_that_metadata_names_elsewhere(tmp_path, name):
 def test_a_misnamed_metadata_file_is_reported(tmp_path):
     write_images(tmp_path)
     write_metadata(tmp_path, [{"file_name": "0.png", "text": "x"}], "metadata.json1")
-    with pytest.raises(ValueError, match=r"no captions.*metadata\.jsonl.*metadata\.json1"):
+    with pytest.raises(ValueError, match=r"no captions.*\.jsonl.*metadata\.json1\? See docs/"):
         open_source(tmp_path)
 
 

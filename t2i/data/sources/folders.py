@@ -302,7 +302,8 @@ class SidecarFolder(Source):
         beside = [path for path in texts if path.with_suffix("") in stems]
         if not any(self._texts.values()):
             lookalikes = [path.name for path in files if looks_like_metadata(path)][:5]
-            hint = f". Is one of these the metadata: {', '.join(lookalikes)}?" if lookalikes else ""
+            names = ", ".join(lookalikes)
+            hint = f". Is one of these the metadata: {names}? See docs/data.md" if names else ""
             if beside:
                 hint = f". {_not_read(folder, beside[0])}"
             elif captions:
