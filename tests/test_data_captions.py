@@ -103,6 +103,7 @@ def test_prompts_that_lose_words(family, tiny_world, monkeypatch, caplog):
 NO_TEXT = "caption holds characters that are not text"
 NO_LETTERS = "caption without letters"
 SETTINGS = "caption holds settings of an image generator"
+ADDED = "caption holds what a language model added"
 AS_JSON = "caption is JSON, used as text"
 
 
@@ -131,6 +132,10 @@ AS_JSON = "caption is JSON, used as text"
         ("<b>a dot</b>", ["<b>a dot</b>"], ("caption holds HTML",)),
         ("a {color} dot", ["a {color} dot"], ("caption holds an unfilled {field}",)),
         ("[trigger], a dot", ["[trigger], a dot"], ("caption holds an unfilled {field}",)),
+        ("a dot</s>", ["a dot</s>"], (ADDED,)),
+        ("<image>\nA dot.", ["<image>", "A dot."], (ADDED,)),
+        ("I'm sorry, I can't help.", ["I'm sorry, I can't help."], (ADDED,)),
+        ("**Caption:** a <s> dot", ["**Caption:** a <s> dot"], (ADDED,)),
         ("a dot --ar 16:9 --v 6", ["a dot --ar 16:9 --v 6"], (SETTINGS,)),
         ("a dot <lora:x:0.8>", ["a dot <lora:x:0.8>"], (SETTINGS,)),
         ("a dot\nNegative prompt: blur", ["a dot", "Negative prompt: blur"], (SETTINGS,)),

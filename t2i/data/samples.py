@@ -60,6 +60,10 @@ _DOUBTS = {
         r"\{\w*\}|\[\[\w+\]\]|\[(?:trigger|name|filewords)\]"
     ),
     "caption holds settings of an image generator": GENERATOR_SETTINGS,
+    "caption holds what a language model added": re.compile(
+        r"<\|\w+\|>|</?(?:s|think|image)>|^(?:i'm sorry|i am sorry|i can't|i cannot)\b|^```|^\*\*",
+        re.IGNORECASE,
+    ),
 }
 """Notes on what captions of web pages, scripts and generators hold besides a description."""
 _PLACEHOLDERS = frozenset(("nan", "none", "null", "n/a", "undefined"))
