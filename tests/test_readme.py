@@ -22,8 +22,8 @@ IS_SCRIPT = re.compile(r"(launch|geneval|dpg_bench|examples)/.*\.py").fullmatch
 
 SHORTHANDS = re.compile(r'^(\w+)="(.*)"$', flags=re.M).findall
 OPTIONS = re.compile(r"(?<![\w-])--[a-z][\w.-]*\w").findall
-OPTIONS_OF_OTHERS = {"--code-path", "--kill-on-bad-exit", "--nproc-per-node"}
-OPTIONS_OF_OTHERS |= {"--master-port", "--num-gpus", "--signal", "--sort"}
+OPTIONS_OF_OTHERS = {"--code-path", "--hostfile", "--kill-on-bad-exit", "--nproc-per-node"}
+OPTIONS_OF_OTHERS |= {"--include", "--master-port", "--num-gpus", "--signal", "--sort"}
 
 
 def pages() -> str:
