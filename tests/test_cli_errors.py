@@ -343,6 +343,8 @@ def test_prompt_files_of_other_programs(tmp_path, caplog, name, lines, said):
     path.write_text("\n".join(lines) + "\n")
     assert len(read_prompts((), path)) == len(lines)
     assert (said in caplog.text) if said else not caplog.records
+    read_prompts((str(path), "a.txt"), None)  # only the first is there
+    assert caplog.text.count("draws these words; --prompt-file") == 1
 
 
 def test_bad_drawing_options_are_refused(generate_fails):

@@ -36,6 +36,7 @@ from t2i.training.trigger_words import refuse_lost_words
 
 FAMILIES_RECIPES = (llamagen_recipes, janus_recipes, open_magvit2_recipes, rar_recipes)
 ALL = {name: recipe[1] for family in FAMILIES_RECIPES for name, recipe in family.recipes().items()}
+PROMPTS = "test_prompts.txt"
 REAL = [name for name in ALL if "shapes" not in name]
 
 
@@ -166,13 +167,19 @@ def test_recipes_give_no_warnings(name):
         ({"data": DataOptions(validation_samples=260)}, "13% of the data are held out"),
         ({"steps": 600}, "own drafts alone"),
         (
+            {"log": LogOptions(prompts=("a dot", PROMPTS))},
+            "test_prompts.txt'; this file is not read",
+        ),
+        (
             {"log": LogOptions(control=Path("runs/nowhere"))},
             "log.control=runs/nowhere holds no metrics.jsonl yet",
         ),
     ],
 )
-def test_settings_that_make_no_sense_give_warnings(changes, words):
+def test_settings_that_make_no_sense_give_warnings(changes, words, tmp_path, monkeypatch):
     """Cases 21, 28."""
+    monkeypatch.chdir(tmp_path)
+    Path(PROMPTS).touch()
     config = replace(ALL["t2i-xl-256-tuned"], **changes)
     found = list(about_settings(config, plan_run(config, 2000)))
     assert any(words in warning for warning in found), found

@@ -11,7 +11,7 @@ from pathlib import Path
 from t2i.data.samples import GENERATOR_SETTINGS
 from t2i.errors import UserError, not_json, refuse_utf16
 from t2i.files import once_each, parse_json, reading
-from t2i.models.conditions import check_captions
+from t2i.models.conditions import check_captions, given_as_files
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ def read_prompts(prompts: Sequence[str], path: Path | None) -> list[dict]:
             which).
     """
     check_captions(prompts, "--prompt")
+    for name in given_as_files(prompts):
+        log.warning("--prompt %s draws these words; --prompt-file %s reads the file", name, name)
     entries = [{"prompt": p} for p in prompts]
     if path is not None:
         entries += _read_file(path)

@@ -5,6 +5,7 @@ Shapes: B batch, P prefix length, D model width, C width of a caption's features
 """
 
 import operator
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,12 @@ def check_captions(captions: Sequence[str], what: str = "captions") -> None:
         raise UserError(f"{what} must be a list of strings, got {captions!r:.200}")
     for caption in captions:
         check_text(caption, what)
+
+
+def given_as_files(prompts: Iterable[str]) -> list[str]:
+    """Those prompts that are names of files that exist: a file of prompts may be meant."""
+    kinds = (".txt", ".md", ".jsonl", ".json", ".csv")
+    return [text for text in prompts if text.lower().endswith(kinds) and os.path.isfile(text)]
 
 
 def class_ids(values: "Iterable[object] | Tensor", num_classes: int) -> "Tensor":

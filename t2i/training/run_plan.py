@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import overload
 
 from t2i.errors import UserError
+from t2i.models.conditions import given_as_files
 from t2i.training.config import METRICS, TrainConfig
 
 PUBLISHED_K = 8
@@ -135,6 +136,8 @@ def about_settings(config: TrainConfig, plan: Plan) -> Iterator[str]:
             f"log.control={log.control} holds no {METRICS} yet: the run's page shows that run's "
             "curves once it does"
         )
+    for name in given_as_files(log.prompts):
+        yield f"log.prompts draws the words {name!r}; this file is not read: give its prompts"
     method = config.method
     drafts = method.k > 1 and config.learns_from_data
     if drafts and 0 < method.own_drafts < 1 and not method.anneal and plan.steps > _LONG:
