@@ -409,6 +409,26 @@ def test_another_tokenizer_gets_another_cache(tiny_world, plain, tmp_path):
     assert len(set(folders)) == 3 and cache(tiny_world / "base") == folders[0]
 
 
+def test_codes_of_another_tokenizer_are_noticed(tmp_path, caplog):
+    """It fits, so that nothing but the loss shows that it is not the base's own."""
+    base = tmp_path / "base"
+    shutil.copytree(Path(t2i.__file__).parent / "assets" / "shapes", base)
+    options = {"data.source": "shapes:40", "data.cache_dir": tmp_path / "cache", "steps": 1}
+    options |= {"batch_size": 4, "engine.micro_batch": 4, "data.validation_samples": 8}
+    options |= {"backbone.weights": str(base), "log.sample_every": 0}
+
+    def said(name: str) -> str:
+        caplog.clear()
+        train(t2i.recipe("shapes-control", options | {"run_dir": tmp_path / name}))
+        return caplog.text
+
+    assert "guessing" not in said("own")
+    tokenizer = {name: value.clone() for name, value in read_state_dict(base / "vq.pt").items()}
+    tokenizer["quantize.embedding.weight"] = tokenizer["quantize.embedding.weight"].flip(0)
+    torch.save(tokenizer, base / "vq.pt")
+    assert "guessing has 6.93: do these weights and this image tokenizer belong" in said("other")
+
+
 def test_validation(tiny_world, plain):
     model = t2i.from_pretrained(plain).train()
     config = tiny_run(tiny_world, "-")

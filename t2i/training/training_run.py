@@ -155,13 +155,25 @@ class Run:
         if not healthy_norm(total_norm):
             self._refuse_batch(parts, total, self.step)
         self.seconds += time.perf_counter() - started
+        means = total.means().tolist()
+        if self.step == 1 and self.processes.is_main:
+            self._look_at_base(means[0])
         return {
             "train/loss": float(total.weighted(config.method.weights())),
-            **{f"train/slot{j}": m for j, m in enumerate(total.means().tolist())},
+            **{f"train/slot{j}": m for j, m in enumerate(means)},
             **{f"lr/{part}": rate for part, rate in rates.items()},
             **({} if total_norm is None else {"train/grad_norm": total_norm}),
             "data_wait": self.waited / self.seconds,
         }
+
+    def _look_at_base(self, loss: float) -> None:
+        """Warn if slot 0's loss in the first step, the base's own, is no better than chance."""
+        chance = sum(map(math.log, self.model.backbone.spec.subvocabs))
+        if loss >= chance and self.config.method.residual != "none":
+            log.warning(
+                f"the loss of the first step is {loss:.2f} nats per code, and guessing has "
+                f"{chance:.2f}: do these weights and this image tokenizer belong together?"
+            )
 
     def _count_step(self, norm: Tensor | None) -> float | None:
         """Count a step that was taken; returns the norm of its gradient, None if unknown."""
