@@ -169,6 +169,18 @@ def test_a_full_disk_is_named_and_the_rest_is_judged_later(images, tmp_path, mon
     assert twice == ({"00002/samples/00000.png"} if place == "00002.jsonl" else set())
 
 
+def test_copies_are_pointed_out(images, tmp_path, caplog):
+    """As when the seed is set again before every image."""
+    evaluate(Bright(), tmp_path / "out", images=images, scope=SCOPE)
+    assert "copies" not in caplog.text
+    first = images / "00000/samples/00001.png"
+    for again in ("00000/samples/00000.png", "00003/samples/00001.png"):
+        shutil.copy(first, images / again)
+    results = evaluate(Bright(), tmp_path / "out", images=images, scope=SCOPE)
+    assert results["coverage"]["copies"] == 2
+    assert "2 of 8 images are copies of others" in caplog.text
+
+
 def test_the_result_does_not_depend_on_earlier_limits(images, tmp_path):
     partial = evaluate(Bright(), tmp_path / "a", images=images, scope=replace(SCOPE, limit=2))
     assert partial["status"] == "PARTIAL: 2 of 4 prompts"

@@ -172,6 +172,7 @@ def test_a_set_compared_with_itself(tmp_path, network, caplog):
     assert (scores["precision"], scores["recall"]) == (1, 1)
     assert found["samples"]["pixels_sha256"] == found["reference"]["pixels_sha256"]
     assert f"{file} and {folder} hold the same images" in caplog.text
+    assert "copies" not in caplog.text
     caplog.clear()
     other = score(write_folder(tmp_path / "other", pictures(12, shift=80)), folder, network)
     assert other["scores"]["fid"] > 1 and other["scores"]["sfid"] > 1
@@ -317,6 +318,8 @@ def test_inception_score_of_files_and_folders(tmp_path, network, caplog, monkeyp
     with caplog.at_level(logging.WARNING):
         file = score(write_npz(tmp_path / "a.npz", images), folder, network)
     assert "seem sorted by class" in caplog.text
+    assert "a.npz: 38 of 40 images are copies of others" in caplog.text
+    assert file["samples"]["distinct"] == 2
     of_folder = score(folder, folder, network)
     orders = file["inception_score"]
     assert orders == {**of_folder["inception_score"], "reported_order": "file"}

@@ -6,6 +6,7 @@ are missing, the judge (weights by hash), how the images were drawn, and library
 """
 
 import json
+import logging
 import platform
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,8 @@ from t2i.errors import UserError, shorten
 from t2i.evaluation.bootstrap import Difference, Groups, paired_differences
 from t2i.fields import read_object
 from t2i.files import file_sha256, read_json_lines, text_sha256, write_json, write_text
+
+log = logging.getLogger(__name__)
 
 RESULTS_FILE, ROWS_FILE, REPORT_FILE = "results.json", "results.jsonl", "report.md"
 _MOST_DECIMALS = 9
@@ -55,6 +58,8 @@ class Coverage:
     judged: int
     missing: list[str]
     unreadable: list[str]
+    copies: int
+    """Images that are byte for byte another one of these."""
 
     @property
     def status(self) -> str:
@@ -68,12 +73,19 @@ class Coverage:
         return "; ".join(parts) or "complete"
 
     def check(self, *, allow_incomplete: bool) -> None:
-        """UserError, naming unreadable images, if they are not allowed or no image was judged."""
+        """UserError, naming unreadable images, if they are not allowed or no image was judged; a
+        warning about copies.
+        """
         if self.unreadable and not (allow_incomplete and self.judged):
             raise UserError(
                 f"{len(self.unreadable)} of {self.expected} images cannot be judged: "
                 f"{shorten(self.unreadable, '; ')}; replace them, or report the rest as INCOMPLETE "
                 "with --allow-incomplete (finished verdicts are kept)"
+            )
+        if self.copies:
+            log.warning(
+                f"{self.copies:,} of {self.judged:,} images are copies of others, as if the seed were "
+                "set again for each: the scores rest on fewer images"
             )
 
 

@@ -190,6 +190,7 @@ def _report(
         judged=len(judged),
         missing=inventory.missing,
         unreadable=unreadable,
+        copies=len(judged) - len({image.sha256 for image in judged}),
     )
     coverage.check(allow_incomplete=scope.allow_incomplete)
     results = {

@@ -98,9 +98,9 @@ def measure(
     if images.not_read:
         name, reason = images.not_read[0]
         log.warning(f"{path}: {len(images.not_read)} left out, such as {name} ({reason})")
-    features, sizes, pixels_sha256 = _extract_all(images, network, batch_size, description)
-    about |= {"images": images.count, "left_out": images.left_out, "sizes": sizes}
-    about["pixels_sha256"] = pixels_sha256
+    about |= {"images": images.count, "left_out": images.left_out}
+    features, of_images = _extract_all(images, network, batch_size, description)
+    about |= of_images
     about["statistics"] = "computed from the images" if stored is None else "stored in the file"
     if stored is not None:  # the hash of the pixels does not cover stored statistics
         about["sha256"] = file_sha256(path)
@@ -110,20 +110,22 @@ def measure(
 
 def _extract_all(
     images: ImageSet, network: Inception, batch_size: int, description: str
-) -> tuple[InceptionFeatures, list[list[int]], str]:
-    """Features of all images; the smallest and the largest of their sizes [width, height], or the
-    only one; and the SHA-256 of their sizes and pixels in order.
+) -> tuple[InceptionFeatures, dict]:
+    """Features of all images, and facts about these: "sizes" [width, height], the smallest and the
+    largest, or the only one; "distinct", how many differ; and the SHA-256 of all, in order.
     """
     device = network.fc.weight.device
     kind = {"device": device, "dtype": torch.float32}
     pool = torch.empty(images.count, POOL_WIDTH, **kind)
     spatial = torch.empty(images.count, SPATIAL_WIDTH, **kind)
-    digest, sizes = hashlib.sha256(), set[tuple[int, int]]()
+    digest, sizes, distinct = hashlib.sha256(), set[tuple[int, int]](), set[bytes]()
     done = 0
     with progress_bar(total=images.count, desc=description, unit=" images") as bar:
         for batch in images.batches(batch_size):
             for image in batch:
-                digest.update(str(image.shape).encode() + image.tobytes())
+                content = str(image.shape).encode() + image.tobytes()
+                digest.update(content)
+                distinct.add(hashlib.sha256(content).digest())
                 sizes.add((image.shape[1], image.shape[0]))
             part = slice(done, done + len(batch))
             pool[part], spatial[part] = extract(network, batch)
@@ -131,7 +133,8 @@ def _extract_all(
             bar.update(len(batch))
     assert done == images.count, (done, images.count)
     ends = [list(size) for size in sorted({min(sizes), max(sizes)})]
-    return InceptionFeatures(pool, spatial), ends, digest.hexdigest()
+    about = {"sizes": ends, "distinct": len(distinct), "pixels_sha256": digest.hexdigest()}
+    return InceptionFeatures(pool, spatial), about
 
 
 def has_statistics(path: str | Path) -> bool:
@@ -220,6 +223,11 @@ def score_images(
     _warn_of_sizes(measured.about["sizes"], against.about.get("sizes"))
     if measured.about["pixels_sha256"] == against.about.get("pixels_sha256"):
         log.warning(f"{samples} and {reference} hold the same images, so these scores say nothing")
+    if copies := images.count - measured.about["distinct"]:
+        log.warning(
+            f"{samples}: {copies:,} of {images.count:,} images are copies of others, as if the seed "
+            "were set again for each: the scores rest on fewer images"
+        )
     by_order = _inception_scores(measured.features, network.fc.weight)
     order = "file" if images.kind == "npz" else "shuffled"
     scores = {"inception_score": by_order[order]["mean"], **_compare(measured, against)}
