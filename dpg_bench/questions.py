@@ -17,9 +17,7 @@ script takes the category from the tuple.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +25,8 @@ from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-from t2i.errors import UserError, refuse_utf16, shorten
+from t2i.csv_files import read_csv, too_many_cells
+from t2i.errors import UserError, shorten
 from t2i.published import PublishedFile
 
 log = logging.getLogger(__name__)
@@ -142,39 +141,26 @@ def read_questions(path: str | Path) -> QuestionGraph:
     path = Path(path)
     try:
         content = path.read_bytes()
-        refuse_utf16(content, f"question file {path}")
-        blob = git_blob_sha1(content)
-        text = io.StringIO(content.decode("utf-8-sig"), newline="")
-        # Strict: a quote that is never closed would take the following rows for its cell's text.
-        reader = csv.DictReader(text, strict=blob != OFFICIAL_BLOB)
-        rows = [(reader.line_num, row) for row in reader]  # the row's last line
     except OSError as error:
         raise UserError(f"question file {path} cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"question file {path} is not a CSV in UTF-8: {error}") from error
-    except csv.Error as error:
-        raise UserError(
-            f"question file {path} is not a CSV: {error} (row that ends on line {reader.line_num}); a "
-            'cell that begins with a quote must end with one, and quotes in it are doubled: ""'
-        ) from error
-    if missing := [name for name in NEEDED if name not in (reader.fieldnames or ())]:
-        first = "".join(reader.fieldnames or ())
+    blob = git_blob_sha1(content)
+    names, rows = read_csv(content, f"question file {path}", strict=blob != OFFICIAL_BLOB)
+    if missing := [name for name in NEEDED if name not in names]:
+        first = "".join(names)
         other = next((name for name, sign in _SEPARATORS.items() if first.count(sign) > 4), None)
         hint = f": save it with commas; {other} separate its columns" if other else ""
         raise UserError(
             f"question file {path} has no column {', '.join(missing)}{hint}. DPG-Bench's columns are "
             f"{', '.join(COLUMNS)}"
         )
-    if twice := [name for name in NEEDED if (reader.fieldnames or []).count(name) > 1]:
+    if twice := [name for name in NEEDED if names.count(name) > 1]:
         raise UserError(f"question file {path} has two columns {', '.join(twice)}: delete one")
     if not rows:
         raise UserError(f"question file {path} has no rows")
     questions, problems = [], []
     for line, row in rows:
         if None in row:
-            problems.append(
-                f"line {line} has more cells than the header: put texts with commas in quotes"
-            )
+            problems.append(too_many_cells(line))
         try:
             questions.append(_question(row, line))
         except UserError as error:

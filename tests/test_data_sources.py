@@ -93,6 +93,16 @@ def make(kind: str, folder):
         write_images(folder / "images")
         rows = [{"file_name": f"images/{i}.png", "text": c} for i, c in enumerate(CAPTIONS)]
         write_metadata(folder, rows)
+    elif kind == "csv":
+        write_images(folder / "images")
+        lines = [f'images/{i}.png, "{c}"' for i, c in enumerate(CAPTIONS)]
+        (folder / "metadata.csv").write_bytes(
+            "\r\n".join(["\ufefffile_name,text", *lines]).encode()
+        )
+    elif kind == "parquet names":
+        write_images(folder)
+        columns = {"file_name": [f"{i}.png" for i in range(3)], "text": CAPTIONS}
+        write_parquet(folder / "metadata.parquet", columns)
     elif kind == "sidecar":
         write_images(folder)
         for i, caption in enumerate(CAPTIONS):
@@ -117,7 +127,11 @@ def make(kind: str, folder):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
-    "kind", ["metadata", "sidecar", "parquet", "webdataset", "webdataset json", "hub"]
+    "kind",
+    [
+        *("metadata", "csv", "sidecar", "parquet", "parquet names"),
+        *("webdataset", "webdataset json", "hub"),
+    ],
 )
 def test_every_kind_gives_the_same_samples(kind, streaming, tmp_path, hub):
     place = make(kind, tmp_path / "data")
@@ -128,7 +142,7 @@ def test_every_kind_gives_the_same_samples(kind, streaming, tmp_path, hub):
     assert len({sample.key for sample in samples}) == 3
     assert levels(source) == [0, 1, 2]
     assert json.loads(json.dumps(source.identity)) == source.identity
-    if streaming and kind in ("parquet", "hub"):
+    if streaming and kind in ("parquet", "parquet names", "hub"):
         assert source.length is None
         with pytest.raises(ValueError, match="no random access"):
             source[0]
@@ -222,6 +236,39 @@ def test_bad_metadata_lines(tmp_path):
     path.write_text("")
     with pytest.raises(ValueError, match="holds no rows"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file_name;text\n0.png;a", "';' separates its columns; save it with commas"),
+        ("file_name\ttext\n0.png\ta", "separates its columns; save it with commas"),
+        ("file_name,text\n0.png,a dot, red", "line 2 has more cells than the header: put texts"),
+        ("file_name,text,text\n0.png,a,b", "has two columns 'text'; delete one"),
+        ('file_name,text\n0.png,"a\n1.png,b', "is not a CSV: .*; a cell that begins with a quote"),
+        ("name,text\n0.png,a", "no image column found .*the columns are: name, text"),
+        ("file_name,text\n", "holds no rows"),
+    ],
+)
+def test_bad_csv(tmp_path, text, said):
+    write_images(tmp_path)
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(UserError, match=said):
+        open_source(tmp_path)
+
+
+def test_a_csv_for_splits_and_several_captions(tmp_path):
+    """A table of the whole folder counts for all of its sub-folders, unlike captions within one."""
+    for split in ("train", "test"):
+        write_images(tmp_path / split, 1)
+    (tmp_path / "metadata.csv").write_text('file_name,text\ntrain/0.png,"a\nb"\ntest/0.png,\n')
+    source = open_source(tmp_path)
+    assert [sample.captions for sample in source] == [["a", "b"], []]
+    (said,) = source.remarks
+    assert "metadata.csv is next to them; leave the others out of metadata.csv to use one" in said
+    for split in ("train", "test"):
+        (tmp_path / split / "0.txt").write_text("c")
+    assert [sample.captions for sample in open_source(tmp_path)] == [["c"]]
 
 
 def test_columns(tmp_path):

@@ -8,9 +8,9 @@ class CaptionedImages:
     """A data set of captioned images, and how it is read."""
 
     source: str = ""
-    """Folder of images with a metadata.jsonl, or with a .txt (.caption) file next to each image
-    (sub-folders and links to folders are read, too); parquet files; webdataset tars; a hub id; or
-    "shapes", the built-in offline world (write ./shapes for a folder of that name).
+    """Folder of images with a metadata.jsonl (or .csv), or with a .txt (.caption) file next to each
+    image (sub-folders and links to folders are read, too); parquet files; webdataset tars; a hub
+    id; or "shapes", the built-in offline world (write ./shapes for a folder of that name).
     """
     split: str = "train"
     """Split of a hub data set or of a folder (the sub-folder or the files of this name)."""

@@ -1,10 +1,10 @@
-"""Image folders on disk: with a metadata.jsonl, or with a .txt file of captions next to each image.
+"""Image folders on disk: with a table of captions, or with a .txt file of captions next to each
+image.
 
 Both are read with pathlib and not with the `datasets` library, which drops images that the metadata
 does not list, does not know captions in .txt files, and makes a copy that nothing here needs.
 """
 
-import json
 import os
 import re
 import unicodedata
@@ -27,17 +27,18 @@ from t2i.data.samples import (
     make_sample,
     read_field,
 )
+from t2i.data.sources.metadata_files import (
+    METADATA,
+    METADATA_ADVICE,
+    METADATA_CSV,
+    looks_like_metadata,
+    other_tables,
+    read_metadata,
+)
 from t2i.errors import UserError, shorten
-from t2i.files import read_json_lines
 
-METADATA = "metadata.jsonl"
-_MISNAMED_SUFFIXES = (".jsonl", ".json", ".json1", ".ndjson", ".csv", ".tsv")
 _TEXTS = frozenset((".txt", ".text", ".cap", ".tags", ".md", ".json"))
 """Of files next to images (a.json, a.png.txt) that may hold captions but are not read."""
-METADATA_ADVICE = (
-    'Captions come from a file "metadata.jsonl" with one {"file_name": "a.png", "text": "..."} per '
-    'line, or from "a.txt" (or "a.caption") next to "a.png"'
-)
 OUTSIDE = "outside the folder (--data.outside-images uses it)"
 """Reason to skip an image that a table names outside its folder."""
 _STRANGE = "link to a file that is not a caption file"
@@ -47,8 +48,6 @@ _OF_SYSTEMS = frozenset(
 """Folders that operating systems add, for example for thumbnails or deleted files."""
 _REPEATS = re.compile(r"[1-9]\d{0,2}_\S.*")
 """Folders as kohya's trainers read them: 10_dog for ten passes over its images."""
-_TABLE = re.compile("meta|caption|prompt|annot", re.IGNORECASE)
-"""In the name of a file that may hold the captions of many images."""
 _SAVED = ("dataset_info.json", "state.json")  # written by Dataset.save_to_disk
 _HASH = re.compile("[0-9a-f]{30,}")
 
@@ -144,7 +143,9 @@ def is_image(path: Path) -> bool:
 
 
 def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) -> Source:
-    """The folder as a source; captions are in its metadata.jsonl or, without one, in .txt files."""
+    """The folder as a source; captions are in its metadata.jsonl, without one in .txt files, and
+    without these in its metadata.csv.
+    """
     opened = _open_folder(folder, files, wanted)
     if packed := [path for path in files if path.suffix.lower() in PACKED_SUFFIXES]:
         names = shorten([name_in(folder, path) for path in packed], most=3)
@@ -155,15 +156,19 @@ def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) ->
 
 def _open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) -> Source:
     images = [path for path in files if is_image(path)]
+    texts = [path for path in files if is_caption_file(path)]
     metadata = [path for path in files if path.name == METADATA]
+    if not metadata and not any(_match_captions(images, texts).values()):
+        metadata = [path for path in files if path.name == METADATA_CSV]
     if metadata:
         source = MetadataFolder(folder, metadata, images, wanted)
-        if unread := [path for path in files if _is_caption_file(path)]:
+        table = metadata[0].name
+        if texts:
             source.remarks.append(
-                f"{len(unread)} text files such as {name_in(folder, unread[0])} are not read: "
-                f"captions are in {METADATA}"
+                f"{len(texts)} text files such as {name_in(folder, texts[0])} are not read: "
+                f"captions are in {table}"
             )
-        source.remarks += _other_tables(folder, files, METADATA)
+        source.remarks += other_tables(folder, files, table, table)
         return source
     if not images:
         convertible = UNREAD_SUFFIXES | PACKED_SUFFIXES | {".arrow"}
@@ -189,7 +194,7 @@ def _open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) -
 
 
 class MetadataFolder(Source):
-    """Rows of one or more metadata.jsonl; image paths are relative to the file that lists them."""
+    """Rows of one or more tables; image paths are relative to the file that lists them."""
 
     def __init__(
         self,
@@ -204,7 +209,7 @@ class MetadataFolder(Source):
             (parent, row)
             for path in metadata
             for parent in [str(path.parent.relative_to(folder))]  # once, not for each row
-            for row in read_json_lines(path, json.loads)  # `read_captions` mends texts
+            for row in read_metadata(path)
         ]
         if not self._rows:
             raise UserError(f"{metadata[0]} holds no rows. {METADATA_ADVICE}")
@@ -235,7 +240,7 @@ class MetadataFolder(Source):
             if path is not None and not os.path.lexists(self._folder / name):
                 yield (
                     f"{printable(name)} is not there, but {name_in(self._folder, path)} is: names in "
-                    f"{METADATA} are relative to its folder, have / between folders, and end as the "
+                    f"{self._metadata[0].name} are relative to its folder, have / between folders, and end as the "
                     "file does (.JPG is not .jpg)"
                 )
                 return
@@ -292,7 +297,7 @@ class SidecarFolder(Source):
     def __init__(self, folder: Path, images: Sequence[Path], files: Sequence[Path]):
         self._folder = folder
         self._images = images
-        captions = [path for path in files if _is_caption_file(path)]
+        captions = [path for path in files if is_caption_file(path)]
         links = [path for path in captions if path.is_symlink()]
         strange = {path for path in links if not _may_be_caption(path.resolve())}
         self._texts = _match_captions(images, [path for path in captions if path not in strange])
@@ -325,7 +330,8 @@ class SidecarFolder(Source):
 
         self.left_out = [(name_in(folder, p), reason(p)) for p in captions if p not in used]
         others = [path for path in files if path.with_suffix("") not in pictured]
-        self.remarks += _other_tables(folder, others, "the .txt files next to the images")
+        beside_images = "the .txt files next to the images"
+        self.remarks += other_tables(folder, others, METADATA, beside_images)
         self.remarks += self._unread(beside)
 
     def _unread(self, beside: Sequence[Path]) -> Iterator[str]:
@@ -381,7 +387,7 @@ def _may_be_caption(target: Path) -> bool:
     (such as a key file) would get onto pages and into model cards. The caches of the hub and of DVC
     name files by hashes, which an attacker who wants to have a certain file shown cannot guess.
     """
-    return _is_caption_file(target) or _HASH.fullmatch(target.name) is not None
+    return is_caption_file(target) or _HASH.fullmatch(target.name) is not None
 
 
 def _not_read(folder: Path, path: Path) -> str:
@@ -390,18 +396,5 @@ def _not_read(folder: Path, path: Path) -> str:
     return f"{name_in(folder, path)} is not read; its caption belongs in {base.name}.txt"
 
 
-def _other_tables(folder: Path, files: Sequence[Path], where: str) -> Iterable[str]:
-    """A remark on files, besides the one that is read, that may hold captions of many images."""
-    others = [path for path in files if path.name != METADATA and looks_like_metadata(path)]
-    if names := [name_in(folder, path) for path in others if _TABLE.search(path.stem)]:
-        verb = "is" if len(names) == 1 else "are"
-        yield f"{shorten(names, most=3)} {verb} not read: captions are in {where}"
-
-
-def _is_caption_file(path: Path) -> bool:
+def is_caption_file(path: Path) -> bool:
     return path.suffix.lower() in CAPTION_SUFFIXES
-
-
-def looks_like_metadata(path: Path) -> bool:
-    """Whether this may be a table of images and captions that has another name or format."""
-    return path.suffix.lower() in _MISNAMED_SUFFIXES

@@ -2,7 +2,7 @@
 
 | given                                    | read by                                        |
 |------------------------------------------|------------------------------------------------|
-| folder with metadata.jsonl               | folders.MetadataFolder                         |
+| folder with metadata.jsonl (.csv)        | folders.MetadataFolder                         |
 | folder with a.png + a.txt                | folders.SidecarFolder                          |
 | *.tar (file, glob, folder)               | tars.TarSource                                 |
 | *.parquet (file, glob, folder)           | tables.TableSource, streaming: StreamSource    |
@@ -23,13 +23,18 @@ from t2i.data.captioned import CaptionedImages
 from t2i.data.content import name_in, printable
 from t2i.data.samples import OTHER_SPLIT, PACKED_SUFFIXES, Source
 from t2i.data.sources.folders import (
-    METADATA,
-    METADATA_ADVICE,
     SidecarFolder,
+    is_caption_file,
     is_image,
-    looks_like_metadata,
     open_folder,
     walk,
+)
+from t2i.data.sources.metadata_files import (
+    METADATA,
+    METADATA_ADVICE,
+    METADATA_CSV,
+    METADATA_PARQUET,
+    looks_like_metadata,
 )
 from t2i.data.sources.splits import (
     folders_of,
@@ -96,7 +101,7 @@ def _open_files(found: _Found, wanted: CaptionedImages) -> Source:
         if not chosen:
             continue
         others = [path for path in found.files if not _is_table(path, suffix) and _is_data(path)]
-        if others:
+        if others and chosen != [root / METADATA_PARQUET]:  # it names the others
             where = root if root.is_dir() else root.parent
             raise UserError(
                 f"{where} holds {suffix} files and also {others[0].name}, so it is not clear which "
@@ -194,7 +199,9 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
     if any(map(_is_table, files)):
         chosen, others = _tables_of_split(folder, files, split)
         return _Found(folder, chosen, left_out + others)
-    data = [path for path in files if _is_data(path)]
+    # As in `open_folder`: captions next to images come before a metadata.csv.
+    tables = (METADATA,) if any(map(is_caption_file, files)) else (METADATA, METADATA_CSV)
+    data = [path for path in files if path.name in tables or _is_data(path)]
     where, parts = _sub_folders(folder, data)
     own = next((path for path in data if path.parent == where), None)
     of_split = folders_of(split, parts)
@@ -228,8 +235,9 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
         why = "splits are sub-folders of it with plain names, such as train and val"
     if named:
         alone = f"give {where / (of_split or named)[0]} to use it alone"
-        if where / METADATA in data:  # without it, there would be no captions
-            alone = f"leave the others out of {METADATA} to use one alone"
+        for name in (name for name in tables if where / name in data):
+            # Without it, there would be no captions.
+            alone = f"leave the others out of {name} to use one alone"
         found.remarks.append(
             f"all sub-folders of {where} are used ({', '.join(map(printable, sorted(parts)))}), "
             f"since {why}; {alone}"

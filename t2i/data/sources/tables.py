@@ -148,6 +148,8 @@ class _Rows(Source):
         candidates = [column for column, kind in kinds if isinstance(kind, datasets.Image)]
         if len(candidates) != 1:
             candidates = [*_IMAGE_COLUMNS]
+            if paths and not first.keys() & {*candidates}:
+                candidates.append("file_name")  # of a metadata.parquet
         image = choose_column(first, wanted.image_column, candidates, "image", name)
         caption = _choose_caption(name, first, wanted.caption_column, image)
         _refuse_other_than_images(first[image], f"{name}: column {image!r}")
