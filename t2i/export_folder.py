@@ -274,7 +274,7 @@ def model_card(
     lines += [f"![Samples]({grid})", ""] if grid else []
     lines += ["## Recipe", "", "| | |", "|---|---|"]
     recipe = {"base": _public_name(base), **_recipe(config)}
-    lines += [f"| {name} | {value} |" for name, value in recipe.items() if value is not None]
+    lines += [f"| {name} | {value} |" for name, value in recipe.items() if value not in (None, "")]
     lines += ["", "## Scores", ""]
     lines += (
         ["| benchmark | score | value | status |", "|---|---|---|---|", *scores]
@@ -293,19 +293,31 @@ def _recipe(config: dict) -> dict[str, object]:
     run = run_settings(training)
     data = run.get("data", {}).get("source") or []
     places = data if isinstance(data, list) else [data]
+    rewards = {name: _public_name(str(value)) for name, value in run.get("reward", {}).items()}
+    further = ("ema", "seed") if rewards else ("condition_dropout", "token_dropout", "ema", "seed")
     return {
         "what was trained": trained_parts(config["tuning"], config.get("image_layers", False), k),
+        "LoRA": _listed(run.get("lora", {})) if config["tuning"] == "lora" else None,
         "TensorAR": _listed(config["method"]) if k > 1 else None,
+        "rewards": _listed({name: rewards[name] for name in _OF_REWARDS if name in rewards}),
         "optimizer steps": training.get("step"),
         "samples per step": run.get("batch_size"),
-        "data": ", ".join(_public_name(str(place)) for place in places) or None,
+        f"data{' of the held-out loss' if rewards else ''}": ", ".join(
+            _public_name(str(place)) for place in places
+        ),
         "trigger words": trigger_of(training),
         "optimizer": _listed(run["optim"]) if "optim" in run else None,
+        "further settings": _listed({name: run[name] for name in further if name in run}),
         "precision": run.get("engine", {}).get("precision"),
         "kit version": config["kit_version"],
     }
 
 
+_OF_REWARDS = (
+    *("functions", "weights", "prompts", "tasks", "group", "cfg_scale", "temperature", "updates"),
+    *("kl", "start_cfg_scale", "start_temperature"),
+)
+"""What the weights of reward fine-tuning depend on."""
 _ABOUT = (
     "An autoregressive image generator that predicts a window of overlapping codes per step and so "
     "refines what it draws (TensorAR, [arXiv 2505.16324](https://arxiv.org/abs/2505.16324)). The "

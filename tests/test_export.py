@@ -5,7 +5,7 @@ wrote it, and its upload can be tried again.
 import json
 import logging
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 from helpers import JANUS_PROMPTS, tiny_open_magvit2, tiny_rar
 from programs import program as program_run
 from programs import refused
-from runs import PROMPTS, write_tiny_base, write_tiny_janus
+from runs import PROMPTS, tiny_reward_run, tiny_run, write_tiny_base, write_tiny_janus
 
 import t2i
 from launch import analyze, generate
@@ -216,6 +216,29 @@ def test_the_model_card_contains_no_paths():
     assert "| base | an export of this kit |" in card
     source["weights"] = "owner/repo:file.bin"
     assert "base_model: owner/repo" in model_card(config | {"training": {}}, "class")
+
+
+def test_the_card_holds_the_whole_recipe(tmp_path):
+    """It used to name neither the adapters' rank nor rewards, and called the images of a held-out
+    loss the data that a model had been trained on with rewards.
+    """
+
+    def card_of(run, **changes) -> str:
+        pictures = "/home/me/pictures"
+        run = run(tmp_path, "x", tuning="lora", lora__rank=3, data__source=pictures, **changes)
+        config = {"backbone": {"family": "rar", "weights": "rar.bin"}, "tuning": "lora"}
+        config |= {"kit_version": "1", "method": asdict(run.method)}
+        stored = json.loads(json.dumps(asdict(run), default=str))
+        card = model_card(config | {"training": {"config": stored}}, "class")
+        assert "| LoRA | rank 3, alpha 32.0, dropout 0.0 |" in card and "/me/" not in card
+        return card
+
+    card = card_of(tiny_run)
+    assert "| data | pictures |" in card and "reward" not in card
+    assert "| further settings | condition_dropout 0.1, token_dropout 0.0, ema 0.0, seed " in card
+    card = card_of(tiny_reward_run, reward__prompts="/home/me/p.txt")
+    assert "| rewards | functions ['reward_functions:brightness'], weights [], prompts p." in card
+    assert "| data of the held-out loss | pictures |" in card and "token_dropout" not in card
 
 
 def test_the_card_of_a_control_does_not_speak_of_tensorar(tmp_path):

@@ -53,7 +53,7 @@ def run_settings(training: dict) -> dict:
     (`t2i.save_pretrained`) may have a "config" as well.
     """
     run = training.get("config")
-    parts = ("data", "optim", "engine")
+    parts = ("data", "optim", "engine", "lora", "reward")
     if isinstance(run, dict) and all(isinstance(run.get(part, {}), dict) for part in parts):
         return run
     return {}
