@@ -30,10 +30,11 @@ from t2i import cli
 from t2i.data.images import center_crop, to_pixels
 from t2i.errors import UserError
 from t2i.evaluation.generation_folder import load_image
-from t2i.files import owning, read_json_lines, write_json
+from t2i.files import read_json_lines, write_json
 from t2i.imaging import grid, save_png
 from t2i.loading import load_backbone
 from t2i.models.base import Backbone
+from t2i.ownership import owning
 from t2i.sampling import check_counts
 
 _BATCH = 32

@@ -22,8 +22,8 @@ if not __package__:  # run from a clone, without installation
 
 from t2i import cli, launcher
 from t2i.errors import UserError
-from t2i.files import owning, remove_leftovers
 from t2i.model_options import BaseOptions, DrawingModelOptions
+from t2i.ownership import owning, remove_leftovers
 from t2i.sampling import DrawOptions, check_counts
 
 if TYPE_CHECKING:

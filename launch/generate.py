@@ -57,7 +57,8 @@ def main() -> None:
     launcher.refuse_several()
     from t2i.evaluation.generation_folder import write_sheets
     from t2i.evaluation.prompt_files import read_prompts
-    from t2i.files import owning, remove_leftovers, writable_folder
+    from t2i.files import writable_folder
+    from t2i.ownership import owning, remove_leftovers
 
     entries = read_prompts(config.prompt, config.prompt_file)
     device, dtype = config.check()

@@ -60,7 +60,7 @@ class Quickstart:
 
 def main() -> None:
     config = cli.parse(Quickstart, __doc__)
-    from t2i.files import owning
+    from t2i.ownership import owning
 
     control = run_config(config, config.control)
     base, held_out = control.backbone.weights, control.data.validation_samples or 0

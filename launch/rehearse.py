@@ -120,7 +120,7 @@ def main() -> None:
         if name not in config.possible:
             stage = f"stage {name}{' with --holes' if config.holes else ''}"
             raise UserError(f"{config.model} has no {stage}; {choose_one(name, config.possible)}")
-    from t2i.files import owning
+    from t2i.ownership import owning
 
     with owning(config.folder, "rehearsal folder"):
         failed = Stages(config).run()

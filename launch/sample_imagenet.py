@@ -50,7 +50,7 @@ class ClassConfig(DrawingModelOptions):
 def main() -> None:
     config = cli.parse(ClassConfig, __doc__, main=_MAIN)
     from t2i.evaluation.draw import draw_classes, numbered_place
-    from t2i.files import owning, remove_leftovers
+    from t2i.ownership import owning, remove_leftovers
     from t2i.processes import join_processes
 
     device, dtype = config.check()

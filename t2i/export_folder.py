@@ -26,13 +26,14 @@ from t2i.errors import UserError
 from t2i.evaluation.draw import PromptRequest, draw_prompts
 from t2i.evaluation.generation_folder import write_sheets
 from t2i.fields import read_object
-from t2i.files import file_sha256, owning, replacing_folder, writable_folder, write_json, write_text
+from t2i.files import file_sha256, replacing_folder, writable_folder, write_json, write_text
 from t2i.generation import all_jobs, parse_conditions, unpadded
 from t2i.loading import pick_device
 from t2i.lora import merge_lora
 from t2i.manifest import MANIFEST, refuse_in_checkpoint
 from t2i.model_options import ExportOptions
 from t2i.models.families import Family, find_family
+from t2i.ownership import owning
 from t2i.progress import readable_size
 from t2i.published import asking_hub
 from t2i.sampling import DrawOptions

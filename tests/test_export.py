@@ -23,9 +23,10 @@ from t2i.errors import UserError
 from t2i.evaluation.evaluation_options import BenchmarkOptions
 from t2i.evaluation.runner import is_shapes_world
 from t2i.export_folder import _score_rows, export, model_card
-from t2i.files import owning, write_json
+from t2i.files import write_json
 from t2i.lora import add_lora
 from t2i.model_options import ExportOptions
+from t2i.ownership import owning
 from t2i.sampling import SamplingConfig
 from t2i.training.config import BackboneOptions, TrainConfig
 from t2i.training.start import build_model, start_facts, start_from

@@ -14,17 +14,16 @@ from helpers import folder_content
 from t2i.errors import UserError, nearest_path
 from t2i.fields import all_optional
 from t2i.files import (
-    owning,
     partial_folder,
     read_json,
     read_json_lines,
-    remove_leftovers,
     replacing,
     replacing_folder,
     saving,
     writable_file,
     writable_folder,
 )
+from t2i.ownership import owning, remove_leftovers
 from t2i.processes import Processes
 from t2i.sampling import SamplingConfig, SamplingOverrides
 

@@ -27,10 +27,11 @@ from t2i.errors import UserError
 from t2i.evaluation import draw
 from t2i.evaluation.fid.image_sets import open_images
 from t2i.evaluation.generation_folder import GENERATION_FILE, sample_file
-from t2i.files import owning, read_json, write_json
+from t2i.files import read_json, write_json
 from t2i.imaging import save_png
 from t2i.model_options import BaseOptions, ModelOptions
 from t2i.models.llamagen.llamagen_model import SIZES
+from t2i.ownership import owning
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from t2i.errors import NotFiniteError, UserError
 from t2i.export_folder import export
 from t2i.fields import leaves
 from t2i.fields import plain as as_json
-from t2i.files import owning
 from t2i.model_options import ExportOptions
+from t2i.ownership import owning
 from t2i.reward.reward_options import RewardConfig
 from t2i.training import settings
 from t2i.training.check import check

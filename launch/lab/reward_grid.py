@@ -29,7 +29,8 @@ from t2i import cli
 from t2i.charts import Chart, Series, save_chart
 from t2i.errors import UserError, choose_one
 from t2i.evaluation.results import markdown_table
-from t2i.files import owning, read_json, write_json, write_text
+from t2i.files import read_json, write_json, write_text
+from t2i.ownership import owning
 from t2i.reward import reward_recipes
 from t2i.reward.reward_options import RewardConfig
 from t2i.training.config import DataOptions, TrainConfig

@@ -26,7 +26,8 @@ if not __package__:  # run from a clone, without installation
 from t2i import cli
 from t2i.errors import UserError
 from t2i.evaluation.results import markdown_table
-from t2i.files import owning, write_text
+from t2i.files import write_text
+from t2i.ownership import owning
 
 _LONGEST = 160
 """Largest number of characters in a cell of the table."""

@@ -51,8 +51,9 @@ from t2i.data.shards import ShardReader, ShardWriter, shard_path, shard_paths
 from t2i.data.store import FORMAT, MANIFEST, read_manifest
 from t2i.errors import UserError
 from t2i.fields import leaves
-from t2i.files import read_json, remove_leftovers, writable_folder, write_text
+from t2i.files import read_json, writable_folder, write_text
 from t2i.manifest import refuse_in_checkpoint
+from t2i.ownership import remove_leftovers
 from t2i.processes import ALONE, Processes
 from t2i.progress import progress_bar
 

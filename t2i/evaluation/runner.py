@@ -36,8 +36,9 @@ from t2i.evaluation.results import (
     versions,
     write_results,
 )
-from t2i.files import owning, remove_leftovers, writable_folder
+from t2i.files import writable_folder
 from t2i.generation import all_jobs
+from t2i.ownership import owning, remove_leftovers
 from t2i.processes import ALONE, Processes, join_processes
 from t2i.sampling import DrawOptions
 from t2i.sources import check_place

@@ -33,15 +33,14 @@ from t2i.fields import plain, read_object
 from t2i.files import (
     PARTIAL,
     REPLACED,
-    owning,
     partial_folder,
     read_json,
-    remove_leftovers,
     saving,
     settle_folder,
     writable_folder,
 )
 from t2i.manifest import TRAINING_STATE, refuse_in_checkpoint
+from t2i.ownership import owning, remove_leftovers
 from t2i.processes import Processes
 from t2i.tensorar.model import TensorAR
 from t2i.training.average import Average
