@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -281,9 +282,12 @@ def test_model_card(exported, tiny_world):
 def test_export_program(lora, tmp_path, monkeypatch, capsys):
     out = tmp_path / "model"
     uploads = []
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.create_repo", lambda _, *a, **k: uploads.append((a, k))
-    )
+
+    def create(_, *names, **options):
+        uploads.append((names, options))
+        return SimpleNamespace(repo_id=names[0])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create)
     monkeypatch.setattr(
         "huggingface_hub.HfApi.upload_folder", lambda _, **k: uploads.append(k) or "address"
     )
