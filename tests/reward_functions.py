@@ -39,6 +39,7 @@ def changes_defaults(images, metadata):
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
     torch.set_grad_enabled(False)
+    os.chdir("/")
     return [0.5] * len(images)
 
 

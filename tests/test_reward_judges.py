@@ -217,19 +217,23 @@ def test_no_images_need_no_reward():
     assert Panel(stacks, {"stacks": 1.0}, seconds=30.0, constant=3).judge("stacks", [], []) == []
 
 
-def test_a_reward_leaves_pytorchs_defaults_alone(tmp_path, monkeypatch):
+def test_a_reward_leaves_defaults_alone(tmp_path, monkeypatch):
     """Gradients switched off in a scoring script ended training in an assertion of DeepSpeed's; a
-    default type changed its bits.
+    default type changed its bits; another working directory parted a run with a relative path.
     """
+
+    def defaults():
+        device = torch.empty(0).device
+        return torch.is_grad_enabled(), torch.get_default_dtype(), device, Path.cwd()
+
     changes = Path(reward_functions.__file__).read_text() + "\nchanges_defaults([], [])\n"
     (tmp_path / "scoring_script.py").write_text(changes)
     monkeypatch.syspath_prepend(tmp_path)
-    before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.empty(0).device
+    before = defaults()
     name = "scoring_script:changes_defaults"
     panel = Panel({name: own_function(name)}, {name: 1.0}, seconds=30.0, constant=3)
     assert panel.judge_all([RIGHT], [position("circle", "left of", "square")]) == {name: [0.5]}
-    after = torch.is_grad_enabled(), torch.get_default_dtype(), torch.empty(0).device
-    assert after == before
+    assert defaults() == before
 
 
 def test_rewards_keep_no_gradients():

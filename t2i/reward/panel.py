@@ -22,7 +22,14 @@ import torch
 from t2i.errors import UserError
 from t2i.processes import release_threads
 from t2i.reward.reward_options import RewardOptions
-from t2i.reward.rewards import Entries, Images, Reward, defaults_kept, load_rewards
+from t2i.reward.rewards import (
+    Entries,
+    Images,
+    Reward,
+    defaults_kept,
+    directory_kept,
+    load_rewards,
+)
 
 _LARGEST = 1e30
 """Larger rewards overflow when they are squared for the spread of a group: nothing is learned."""
@@ -118,8 +125,9 @@ class Panel:
 
         release_threads()
         thread = threading.Thread(target=work, name=f"reward {name}", daemon=True)
-        thread.start()
-        thread.join(self._seconds)
+        with directory_kept():
+            thread.start()
+            thread.join(self._seconds)
         if thread.is_alive():
             raise RewardError(
                 f"reward {name} did not answer within {self._seconds:g} seconds "

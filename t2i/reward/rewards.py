@@ -2,6 +2,7 @@
 Users give their own function as package.module:function.
 """
 
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -127,6 +128,19 @@ def defaults_kept() -> Iterator[None]:
             torch.set_default_device(device)
 
 
+@contextmanager
+def directory_kept() -> Iterator[None]:
+    """Return to the working directory, which such scripts change to find their files: the paths of
+    a run may be relative. It belongs to all threads, so this must not wait for one that hangs.
+    """
+    place = os.open(".", os.O_RDONLY)
+    try:
+        yield
+    finally:
+        os.fchdir(place)
+        os.close(place)
+
+
 def own_function(name: str) -> Reward:
     """Import a user's package.module:function.
 
@@ -135,7 +149,7 @@ def own_function(name: str) -> Reward:
     """
     module, _, function = name.partition(":")
     try:
-        with defaults_kept():
+        with defaults_kept(), directory_kept():
             found = getattr(import_module(module), function, None)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
