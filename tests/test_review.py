@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from browser import WIDTH, click, phone_in_the_dark, seen, text, type_in
@@ -29,6 +30,8 @@ from t2i.imaging import save_png
 from t2i.model_options import DrawingModelOptions, ExportOptions
 
 PROMPTS = ["a <b id=evil>red</b> circle</script>", "two stars", "a bus"]
+REFINED = "refined #1? 50%"
+"""A folder's name that is no part of an address as it is."""
 RED, GREEN, BLUE = "#ff0000", "#00ff00", "#0000ff"
 CODES = [
     [[0], [0], [0], [0], [0], [0]],
@@ -85,7 +88,7 @@ def page(tmp_path_factory):
     _folder(root / "judged" / "images", GREEN)
     _judge(root / "judged", sample_file(1, 0))
     columns = [
-        open_column("refined", _folder(root / "r" / "columns" / "refined", RED, staged=True)),
+        open_column("refined", _folder(root / "r" / "columns" / REFINED, RED, staged=True)),
         open_column("judged <i>", root / "judged"),
     ]
     write_review(root / "r", columns, title="One & <u>two</u>")
@@ -97,7 +100,7 @@ def test_the_data_of_the_page(page):
     content = _content(page)
     assert [p["text"] for p in content["prompts"]] == PROMPTS
     refined, judged = content["columns"]
-    assert refined["place"] == "columns/refined" and refined["grid"] == [2, 3]
+    assert refined["place"] == f"columns/{REFINED}" and refined["grid"] == [2, 3]
     image = refined["images"][sample_file(2, 1)]
     assert image == {"changed": ["40", "04"], "verdict": None}  # bits 010000(00), 000001(00)
     assert judged["judge"] == "GenEval: shapes prompts" and judged["grid"] is None
@@ -418,7 +421,7 @@ def test_prompts_and_names_are_escaped(tab):
 def test_stages_and_their_changed_codes_are_shown(tab):
     assert all("/samples/" in source for source in tab.run(SOURCES))
     tab.run(type_in(".stage", "2"))
-    drafts = {f"columns/refined/{stage_file(p, s, 2)}" for p in range(3) for s in range(2)}
+    drafts = {f"columns/{quote(REFINED)}/{stage_file(p, s, 2)}" for p in range(3) for s in range(2)}
     shown = tab.run(SOURCES)
     assert drafts < set(shown)
     assert sum("/samples/" in source for source in shown) == 6, "images of the model without stages"
@@ -479,7 +482,7 @@ def test_blind_votes_and_notes_are_saved_and_loaded(tab, page, tmp_path):
             tab.press("u")
         sides = tab.run(seen("#vote img", "e.getAttribute('src')"))
         # Always vote for the refined image.
-        tab.press("2" if sides[1].startswith("columns/refined/") else "1")
+        tab.press("2" if sides[1].startswith("columns/refined") else "1")
     cells = tab.run(seen("#vote td", "e.textContent"))
     assert cells[:5] == ["refined", "judged <i>", "6", "0", "0"]
     # Keep the offered download in a variable.

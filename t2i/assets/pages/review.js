@@ -65,7 +65,8 @@ function pictureOf(shown) {
   const last = image.changed.length + 1;
   const stage = Math.min(view.stage, last);
   const name = stage === last ? file(prompt, sample) : `${prompt.folder}/stages/${number(sample)}_${stage}.png`;
-  return { source: `${column.place}/${name}`, changed: stage > 1 ? image.changed[stage - 2] : null };
+  const place = column.place.split("/").map(encodeURIComponent).join("/"); // a folder's name may hold # or ?
+  return { source: `${place}/${name}`, changed: stage > 1 ? image.changed[stage - 2] : null };
 }
 
 // A picture that follows the stage and the map; `shown` is {column, prompt, sample}.
