@@ -125,6 +125,9 @@ def test_options_of_steps_on_data_when_the_model_learns_from_its_own_images(capl
     assert "reward.watch_images=3 has no effect with an empty reward.watch" in caplog.text
     with pytest.raises(UserError, match=r"no effect with reward\.kl=0"):  # drew unguided after it
         replace(own.reward, start_cfg_scale=4.0, kl=0.0)
+    unjudged = replace(alone, functions=(), start_cfg_scale=4.0, workers=2)
+    settle_options(replace(own, reward=unjudged), own)
+    assert "reward.workers=2 has no effect with empty reward.functions and" in caplog.text
     settle_options(replace(own, reward=replace(alone, functions=("dpg",))), own)
     assert "reward.detector=shapes has no effect with reward.functions and watch" in caplog.text
 

@@ -225,6 +225,9 @@ class RewardConfig(TrainConfig):
             yield {"reward.watch_prompts", "reward.watch_images"}, "an empty reward.watch"
         if not self.reward.functions:
             yield {"reward.by_spread", "reward.constant"}, "empty reward.functions"
+        if not used:
+            judges = {"reward.workers", "reward.seconds"}
+            yield judges, "empty reward.functions and reward.watch: nothing is judged"
         if "dpg" not in used:
             answerer = {"reward.answerer", "reward.answerer_weights"}
             yield answerer, "reward.functions and watch without dpg"
