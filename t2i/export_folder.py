@@ -25,6 +25,7 @@ from t2i.checkpoint_folders import EXPORTED, choose_checkpoint, find_checkpoint,
 from t2i.errors import UserError
 from t2i.evaluation.draw import PromptRequest, draw_prompts
 from t2i.evaluation.generation_folder import write_sheets
+from t2i.evaluation.results import markdown_table
 from t2i.fields import read_object
 from t2i.files import file_sha256, replacing_folder, writable_folder, write_json, write_text
 from t2i.generation import all_jobs, parse_conditions, unpadded
@@ -197,7 +198,7 @@ def _size(path: Path) -> str:
     return readable_size(sum(p.stat().st_size for p in files))
 
 
-def _score_rows(path: Path, config: dict) -> list[str]:
+def _score_rows(path: Path, config: dict) -> list[tuple]:
     """Table rows for a results file, whose `scores` maps names to numbers or {"mean", "stderr"}.
 
     config: the config.json of the checkpoint that the card describes.
@@ -218,7 +219,7 @@ def _score_rows(path: Path, config: dict) -> list[str]:
             raise UserError(f'{path}: the score {name!r} has no number under "mean" or "stderr"')
         shown = "-" if mean is None else f"{mean:.3f}"  # None: nothing was scored
         spread = "" if mean is None or stderr is None else f" ± {stderr:.3f}"
-        rows.append(f"| {where} | {name} | {shown}{spread} | {results.get('status', '')} |")
+        rows.append((where, name, f"{shown}{spread}", results.get("status", "")))
     return rows
 
 
@@ -245,7 +246,7 @@ def model_card(
     config: dict,
     cond_kind: str,
     *,
-    scores: Sequence[str] = (),
+    scores: Sequence[tuple] = (),
     grid: str | None = None,
     parts: Sequence[str] = (),
     asked: str | None = None,
@@ -273,15 +274,11 @@ def model_card(
     lines = ["---", *head, "---", "", f"# {source['family']}{how}", ""]
     lines += [_ABOUT_CONTROL if control else _ABOUT, ""]
     lines += [f"![Samples]({grid})", ""] if grid else []
-    lines += ["## Recipe", "", "| | |", "|---|---|"]
     recipe = {"base": _public_name(base), **_recipe(config)}
-    lines += [f"| {name} | {value} |" for name, value in recipe.items() if value not in (None, "")]
-    lines += ["", "## Scores", ""]
-    lines += (
-        ["| benchmark | score | value | status |", "|---|---|---|---|", *scores]
-        if scores
-        else ["None given."]
-    )
+    known = [(name, value) for name, value in recipe.items() if value not in (None, "")]
+    lines += ["## Recipe", "", markdown_table(("", ""), known), "", "## Scores", ""]
+    columns = ("benchmark", "score", "value", "status")
+    lines += [markdown_table(columns, scores) if scores else "None given."]
     lines += ["", "## Files", "", *(f"- {part}" for part in parts)] if parts else []
     lines += ["", "## Use", "", "```python", *_usage(family, call), "```", ""]
     lines += ["The license of the base model applies.", ""]

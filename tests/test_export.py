@@ -308,27 +308,27 @@ def test_prompts_without_trigger_words_are_reported(tmp_path, caplog, monkeypatc
     """When drawing with the run's checkpoint, with its export, and with an export of that."""
     monkeypatch.chdir(tmp_path)
     backbone = t2i.load_backbone("llamagen", write_tiny_base(tmp_path / "base"))
-    run = {"data": {"trigger": "drawn by xyz"}, "optim": {}}
+    run = {"data": {"trigger": "drawn by <xyz>"}, "optim": {}}
     model = t2i.attach(backbone, t2i.presets.base())
     save_pretrained(model, tmp_path / "ckpt", tuning="codec", training={"config": run})
     export(ExportOptions(tmp_path / "ckpt", tmp_path / "one"))
     export(ExportOptions(tmp_path / "one", tmp_path / "two"))
-    assert "| trigger words | drawn by xyz |" in (tmp_path / "two" / "README.md").read_text()
+    assert "| trigger words | drawn by \\<xyz> |" in (tmp_path / "two" / "README.md").read_text()
     for name in ("ckpt", "one", "two"):
         caplog.clear()
-        asked = ("--prompt", "a dog", "a cat", "a cat drawn by xyz", "--samples", 1)
+        asked = ("--prompt", "a dog", "a cat", "a cat drawn by <xyz>", "--samples", 1)
         program_run(generate, "--ckpt", tmp_path / name, *asked)
         said = [line for line in caplog.messages if "trigger words" in line]
         assert len(said) == 1 and said[0].startswith("'a dog' (and 1 more)"), name
-        assert "'drawn by xyz, a dog' has them" in said[0]
+        assert "'drawn by <xyz>, a dog' has them" in said[0]
 
 
 def test_missing_scores_are_shown_as_dashes(tmp_path):
     """FID has no precision for few images, and DPG-Bench no official mean if no prompt counts."""
     scores = {"fid": 3.25, "precision": None, "overall": {"mean": None, "stderr": None}}
     write_json(tmp_path / "results.json", {"benchmark": "FID", "scores": scores})
-    shown = [row.split(" | ")[1:3] for row in _score_rows(tmp_path / "results.json", {})]
-    assert shown == [["fid", "3.250"], ["precision", "-"], ["overall", "-"]]
+    shown = [row[1:3] for row in _score_rows(tmp_path / "results.json", {})]
+    assert shown == [("fid", "3.250"), ("precision", "-"), ("overall", "-")]
 
 
 def test_a_card_names_the_judge_and_takes_no_other_models_scores(tmp_path):
@@ -341,7 +341,7 @@ def test_a_card_names_the_judge_and_takes_no_other_models_scores(tmp_path):
         return _score_rows(tmp_path / "results.json", config)
 
     (row,) = rows(generation={"about": about})
-    assert row.startswith("| GenEval, shapes prompts | overall | 0.500")
+    assert row[:3] == ("GenEval, shapes prompts", "overall", "0.500")
     assert rows(generation=None) == rows() == [row], "images of another program"
     for method in ({"k": 4, "stride": 1}, {}):
         assert rows(generation={"about": about | {"method": method}}) == [row], "another version"

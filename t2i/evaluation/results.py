@@ -189,9 +189,9 @@ def notebook_table(scores: Sequence[Score], title: str, digits: int) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A markdown table with these column names; each row is one line."""
+    """A markdown table with these column names; each row is one line, and HTML in it is text."""
     texts = (
-        [" ".join(str(cell).splitlines()).replace("|", "\\|") for cell in cells]
+        [re.sub("[|<]", r"\\\g<0>", " ".join(str(cell).splitlines())) for cell in cells]
         for cells in (head, *rows)
     )
     first, *others = (f"| {' | '.join(cells)} |" for cells in texts)
