@@ -253,6 +253,8 @@ def test_files_that_moved_are_compared_by_content(plain, copied, tiny_world, tmp
         "damaged lines are skipped"
     )
     assert "its own weights, which began as" in caplog.text and "not with shapes" in caplog.text
+    assert train(replace(config, backbone=BackboneOptions(weights=str(plain)))) == folder
+    assert f"not with {plain}" in caplog.text, "another run's weights are not read"
     gone = replace(config, backbone=BackboneOptions(weights="runs/gone"))
     assert train(gone) == folder and "3 steps" in check(gone), "--check used to refuse it"
     zero = tmp_path / "zero.json"

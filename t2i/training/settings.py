@@ -13,6 +13,7 @@ from t2i.fields import leaves, plain
 from t2i.processes import Processes
 from t2i.training.config import TrainConfig
 from t2i.training.engine import deepspeed_config
+from t2i.training.start import local_base
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ def check_settings(config: TrainConfig, stored: dict, where: Path) -> None:
             "that the run began with, or start a new run_dir"
         )
     began, weights = before.get("backbone.weights"), config.backbone.weights
-    if weights != began and not Path(weights).exists():  # a local file's hash is compared instead
+    compared = "reward" in own or local_base(weights) is not None  # by content, when they are read
+    if weights != began and not compared:
         log.warning(
             "resuming %s with its own weights, which began as %s, not with %s",
             *(where, began, weights),

@@ -129,7 +129,7 @@ def _resumed_backbone(
     folder: Path, options: BackboneOptions, device: torch.device, dtype: torch.dtype
 ) -> Backbone:
     """The backbone of a run's own checkpoint, without its adapters: their training continues."""
-    config, base = read_config(folder), _local_base(options.weights)
+    config, base = read_config(folder), local_base(options.weights)
     source = _source_now(config, folder, options, base)
     if base is not None:
         prove(expand_folder(source))  # the base may have moved since the run began
@@ -211,7 +211,7 @@ def check_start(config: TrainConfig, folder: Path) -> None:
         )
 
 
-def _local_base(weights: str) -> Path | None:
+def local_base(weights: str) -> Path | None:
     """The local base that these weights are, or that an export holds; None for a shipped base, a
     name on the hub, or a run.
     """
