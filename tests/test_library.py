@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -343,7 +344,7 @@ def test_a_checkpoint_with_bad_arguments_is_not_written(tmp_path, change, messag
     assert not list(tmp_path.iterdir())
 
 
-def test_repr_describes_a_model_in_one_line(model):
+def test_repr_describes_a_model_in_one_line(model, monkeypatch):
     codec, gpt = (
         sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.codec, model.backbone)
     )
@@ -351,6 +352,8 @@ def test_repr_describes_a_model_in_one_line(model):
         f"TensorAR(k=3, codec {codec:.3g} M, trained: nothing yet, "
         f"LlamaGen(class, {gpt:.3g} M, 4 x 4 codes, float32 on cpu))"
     )
+    monkeypatch.setattr(model, "sampling", replace(model.sampling, stride=2))
+    assert repr(model).startswith("TensorAR(k=3, stride=2, codec ")
     backbone = tiny_rar()
     add_lora(backbone, LoRAConfig(rank=2))
     assert "\n" not in repr(backbone) and len(repr(backbone)) < 120

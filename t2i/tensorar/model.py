@@ -71,6 +71,8 @@ class TensorAR(nn.Module):
         """A one-line summary; `print(model.backbone.gpt)` and the like show the modules."""
         c = self.config
         window = f"k={c.k}" if self.codec is not None else "k=1, the base model"
+        if self.sampling.stride > 1:
+            window += f", stride={self.sampling.stride}"
         size = "" if self.codec is None else f", codec {parameter_count(self.codec)}"
         return f"TensorAR({window}{size}, trained: {self.trained}, {self.backbone!r})"
 
