@@ -65,7 +65,13 @@ def test_any_edit_matters(kind, tmp_path):
         path.write_bytes(bytes_[:half] + bytes([bytes_[half] ^ 1]) + bytes_[half + 1 :])
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
         after = hash_files(source.files(), tmp_path / "cache")
-        assert describe_changes(before, after) == f"1 file was edited ({path.relative_to(data)})"
+        name = path.relative_to(data)
+        assert describe_changes(before, after) == f"1 file was edited ({name})"
+        listed = source.files()
+        path.unlink()
+        gone = hash_files(listed, tmp_path / "cache")
+        assert describe_changes(before, gone) == f"1 file was removed ({name})"
+        assert describe_changes(gone, before) == f"1 file was added ({name})"
         path.write_bytes(bytes_)
 
 

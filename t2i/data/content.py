@@ -77,7 +77,9 @@ def content_key(parts: dict) -> str:
 
 def describe_changes(before: Iterable[tuple[str, str]], after: Contents) -> str:
     """The differences in words; empty if there are none."""
-    old, new = dict(before), dict(after)
+    before = list(before)
+    # A list may name images that are not there.
+    old, new = ({k: v for k, v in files if v != ABSENT} for files in (before, after))
     both = old.keys() & new.keys()
     parts = {
         "edited": [name for name in old if name in both and old[name] != new[name]],
@@ -85,7 +87,7 @@ def describe_changes(before: Iterable[tuple[str, str]], after: Contents) -> str:
         "removed": [name for name in old if name not in both],
     }
     changes = [_count(names, what) for what, names in parts.items() if names]
-    if not changes and list(old) != list(new):
+    if not changes and [name for name, _ in before] != [name for name, _ in after]:
         changes = ["the order of the files has changed"]
     return ", ".join(changes)
 
