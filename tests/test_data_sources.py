@@ -262,9 +262,10 @@ def test_a_csv_for_splits_and_several_captions(tmp_path):
     for split in ("train", "test"):
         write_images(tmp_path / split, 1)
     (tmp_path / "metadata.csv").write_text('file_name,text\ntrain/0.png,"a\nb"\ntest/0.png,\n')
+    (tmp_path / "README.txt").write_text("my pictures")
     source = open_source(tmp_path)
     assert [sample.captions for sample in source] == [["a", "b"], []]
-    (said,) = source.remarks
+    said = source.remarks[-1]
     assert "metadata.csv is next to them; leave the others out of metadata.csv to use one" in said
     for split in ("train", "test"):
         (tmp_path / split / "0.txt").write_text("c")

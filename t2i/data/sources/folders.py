@@ -154,13 +154,20 @@ def open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) ->
     return opened
 
 
+def read_tables(files: Sequence[Path]) -> tuple[str, ...]:
+    """The names of tables that are read: captions next to images come before a metadata.csv."""
+    if not any(path.name == METADATA_CSV for path in files):
+        return (METADATA,)
+    images, texts = filter(is_image, files), filter(is_caption_file, files)
+    beside = any(_match_captions([*images], [*texts]).values())
+    return (METADATA,) if beside else (METADATA, METADATA_CSV)
+
+
 def _open_folder(folder: Path, files: Sequence[Path], wanted: CaptionedImages) -> Source:
     images = [path for path in files if is_image(path)]
     texts = [path for path in files if is_caption_file(path)]
     metadata = [path for path in files if path.name == METADATA]
-    if not metadata and not any(_match_captions(images, texts).values()):
-        metadata = [path for path in files if path.name == METADATA_CSV]
-    if metadata:
+    if metadata := metadata or [path for path in files if path.name in read_tables(files)]:
         source = MetadataFolder(folder, metadata, images, wanted)
         table = metadata[0].name
         if texts:

@@ -24,15 +24,14 @@ from t2i.data.content import name_in, printable
 from t2i.data.samples import OTHER_SPLIT, PACKED_SUFFIXES, Source
 from t2i.data.sources.folders import (
     SidecarFolder,
-    is_caption_file,
     is_image,
     open_folder,
+    read_tables,
     walk,
 )
 from t2i.data.sources.metadata_files import (
     METADATA,
     METADATA_ADVICE,
-    METADATA_CSV,
     METADATA_PARQUET,
     looks_like_metadata,
 )
@@ -199,8 +198,7 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
     if any(map(_is_table, files)):
         chosen, others = _tables_of_split(folder, files, split)
         return _Found(folder, chosen, left_out + others)
-    # As in `open_folder`: captions next to images come before a metadata.csv.
-    tables = (METADATA,) if any(map(is_caption_file, files)) else (METADATA, METADATA_CSV)
+    tables = read_tables(files)
     data = [path for path in files if path.name in tables or _is_data(path)]
     where, parts = _sub_folders(folder, data)
     own = next((path for path in data if path.parent == where), None)
