@@ -59,4 +59,26 @@ def constant(images, metadata):
     return [0.0] * len(images)
 
 
+def keyed(images, metadata):
+    return dict.fromkeys(range(len(images)), 0.5)
+
+
+def of_flow_grpo(images, prompts, metadata, only_strict=True):
+    return [0.5] * len(images), {}
+
+
+def of_trl(completions, **kwargs):
+    return [0.5] * len(completions)
+
+
+async def waits(images, metadata):
+    return [0.5] * len(images)
+
+
+class Scorer:
+    def __call__(self, images, metadata):
+        return [0.5] * len(images)
+
+
+scorer = Scorer()
 NO_FUNCTION = 3

@@ -347,7 +347,8 @@ def start() -> None:
     answer_for_cuda()
     answer_for_nccl()
     keep_parameters()
-    torch.inference_mode = torch.no_grad  # views of its tensors cannot be wrapped
+    # Views of inference mode's tensors cannot be wrapped.
+    torch.inference_mode = lambda on=True: torch.no_grad() if on else torch.enable_grad()
     run = threading.Thread.run
 
     def run_thread(self):

@@ -265,6 +265,7 @@ def test_judges_in_separate_processes():
     reported.
     """
     names = ("geneval-soft", BRIGHT, "reward_functions:raises", "reward_functions:dies")
+    names += ("reward_functions:keyed",)
     rewards = load_rewards(names, RewardOptions(), CPU)
     panel = Panel(rewards, dict.fromkeys(names[:2], 1.0), seconds=120, constant=3)
     entries = [position("circle", "left of", "square"), two_object("circle", "star")]
@@ -274,6 +275,8 @@ def test_judges_in_separate_processes():
     assert panel.judge_all(*of) == alone and len(set(alone["geneval-soft"])) == 2
     with pytest.raises(RewardError, match="raised ConnectionError: no server on port 18085"):
         panel.judge("reward_functions:raises", *of)
+    with pytest.raises(RewardError, match="keyed raised TypeError: neither a dict nor a set"):
+        panel.judge("reward_functions:keyed", *of)
     with pytest.raises(
         RewardError, match=r"dies raised RuntimeError: a judging process .*exit code 9"
     ):
@@ -286,11 +289,17 @@ def test_judges_in_separate_processes():
         ("no_such_module:f", "no_such_module:f cannot be imported"),
         ("reward_functions:no_such", r"there is no no_such in .*reward_functions\.py"),
         ("reward_functions:NO_FUNCTION", "is 3, which is not a function"),
+        # As other trainers call theirs: seen only when a batch was drawn.
+        ("reward_functions:of_flow_grpo", "called with a list of images .*argument: 'metadata'$"),
+        ("reward_functions:of_trl", "called with a list of images .*: too many positional"),
+        ("reward_functions:waits", "called with a list of images .*: it is async"),
+        ("reward_functions:Scorer", "called with a list of images .*: it is a class: name an obj"),
     ],
 )
 def test_a_missing_reward_function(name, words):
     with pytest.raises(UserError, match=words):
         own_function(name)
+    assert callable(own_function("reward_functions:scorer"))
 
 
 @pytest.mark.parametrize(
@@ -377,6 +386,7 @@ def test_a_users_prompts(tmp_path):
         ({"functions": ()}, "functions is empty"),
         ({"weights": (0.0,)}, "all its weights are 0, so nothing"),
         ({"functions": ("genval",)}, "'genval' is none of geneval"),
+        ({"functions": ("mine.py:f",)}, "'mine.py:f' is none of .*rewards:function, with PYTHON"),
         ({"functions": ("dpg", "dpg")}, "has the same function twice"),
         ({"weights": (1.0, 2.0)}, "one weight for each of the functions"),
         ({"group": 1}, "group=1 must be at least 2"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import reward_functions
 import torch
 from helpers import open_gates, rare
 from programs import program
@@ -28,6 +29,7 @@ import t2i
 from launch import train_llamagen
 from t2i.files import read_json_lines
 from t2i.processes import ALONE, Processes
+from t2i.pytorch_defaults import defaults_kept
 from t2i.rng import make_keys, uniforms
 from t2i.shapes.shapes_source import write_dataset
 from t2i.training.batches import TrainingData, noise_and_drop
@@ -108,6 +110,22 @@ def test_dropped_conditions_are_not_read(tiny_world, plain):
         )
         loss, loss_blank = (TrainingLoss(model, "fp32")(b)[0] for b in (batch, blank))
         assert torch.equal(loss, loss_blank) == dropped
+
+
+@pytest.mark.parametrize("changed", ["everything", "inference mode"])
+def test_a_run_in_a_notebook_that_changed_pytorchs_defaults(tiny_world, plain, changed):
+    """Without gradients it ended in an assertion of DeepSpeed's, with another device in PyTorch's
+    error; another type trained other weights.
+    """
+    config = tiny_run(tiny_world, changed.replace(" ", "-"))
+    with defaults_kept(), torch.inference_mode(changed == "inference mode"):
+        if changed == "everything":
+            reward_functions.changes_defaults([], [])
+        before = torch.get_default_dtype(), torch.empty(0).device, torch.is_grad_enabled()
+        assert "parameters" in t2i.check(config)
+        folder = train(config)
+        assert before == (torch.get_default_dtype(), torch.empty(0).device, torch.is_grad_enabled())
+    assert_same_weights(weights(folder), weights(plain))
 
 
 def test_bf16_is_close_to_fp32(tiny_world, plain):

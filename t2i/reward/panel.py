@@ -21,15 +21,9 @@ import torch
 
 from t2i.errors import UserError
 from t2i.processes import release_threads
+from t2i.pytorch_defaults import defaults_kept
 from t2i.reward.reward_options import RewardOptions
-from t2i.reward.rewards import (
-    Entries,
-    Images,
-    Reward,
-    defaults_kept,
-    directory_kept,
-    load_rewards,
-)
+from t2i.reward.rewards import Entries, Images, Reward, directory_kept, load_rewards
 
 _LARGEST = 1e30
 """Larger rewards overflow when they are squared for the spread of a group: nothing is learned."""
@@ -86,10 +80,7 @@ class Panel:
         given = self._ask(name, images, entries)
         about = _example(entries)
         try:
-            if isinstance(given, Mapping | Set | str):  # its keys or letters may be numbers
-                raise TypeError("neither a dict nor a set has the images' order, nor has text")
-            # An array of one element is a number; libraries disagree about float() of it.
-            values = [float(v.item() if hasattr(v, "item") else v) for v in given]
+            values = _numbers(given)
         except (TypeError, ValueError, RuntimeError) as error:
             told = " ".join(repr(given).split())  # an array's has several lines
             raise RewardError(
@@ -170,6 +161,16 @@ class Panel:
                 )
 
 
+def _numbers(given: Any) -> list[float]:
+    """What a reward gave, as numbers; TypeError, ValueError or RuntimeError if it is no list of
+    them.
+    """
+    if isinstance(given, Mapping | Set | str):  # its keys or letters may be numbers
+        raise TypeError("neither a dict nor a set has the images' order, nor has text")
+    # An array of one element is a number; libraries disagree about float() of it.
+    return [float(v.item() if hasattr(v, "item") else v) for v in given]
+
+
 # -- in separate processes -------------------------------------------------------------------------
 _loaded: dict[str, Reward] = {}
 """The rewards of a worker process."""
@@ -180,8 +181,9 @@ def _load(names: Sequence[str], options: RewardOptions) -> None:
     _loaded.update(load_rewards(names, options, torch.device("cpu")))
 
 
-def _ask_one(name: str, images: Images, entries: Entries) -> list:
-    return list(_loaded[name](images, entries))
+@torch.no_grad()
+def _ask_one(name: str, images: Images, entries: Entries) -> list[float]:
+    return _numbers(_loaded[name](images, entries))
 
 
 def _ask_all(

@@ -86,7 +86,8 @@ class RewardOptions:
             if name not in BUILT_IN and not _is_path(name):
                 raise UserError(
                     f"reward.functions: {name!r} is none of {', '.join(BUILT_IN)}, and not a "
-                    "package.module:function"
+                    "package.module:function (of a file FOLDER/rewards.py: rewards:function, with "
+                    "PYTHONPATH=FOLDER)"
                 )
         if len(set(self.functions)) < len(self.functions):
             raise UserError(f"reward.functions={self.functions} has the same function twice")
@@ -162,7 +163,8 @@ class RewardOptions:
 
 def _is_path(name: str) -> bool:
     module, colon, function = name.partition(":")
-    return bool(colon) and function.isidentifier() and all(map(str.isidentifier, module.split(".")))
+    names = [function, *module.split(".")]
+    return bool(colon) and all(map(str.isidentifier, names)) and not module.endswith(".py")
 
 
 @dataclass(frozen=True)

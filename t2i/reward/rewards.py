@@ -2,6 +2,7 @@
 Users give their own function as package.module:function.
 """
 
+import inspect
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from geneval.detectors import CLIP, load_detector
 from geneval.rules import RuleOptions, check_entries, check_schema, decide, name_colors
 from t2i.checkpoint_folders import from_shipped_base
 from t2i.errors import UserError, nearest_path
+from t2i.pytorch_defaults import defaults_kept
 from t2i.reward.reward_options import RewardConfig, RewardOptions
 from t2i.shapes.shapes_questions import ANY_SHAPE, PLAIN_BACKGROUND, questions_of
 from t2i.sources import check_named
@@ -110,25 +112,6 @@ def _answerer(options: RewardOptions, device: torch.device) -> Answerer:
 
 
 @contextmanager
-def defaults_kept() -> Iterator[None]:
-    """Undo what code of others changes in PyTorch's defaults, which training shares with it:
-    scripts that score images often switch gradients off for good, or choose a type or device.
-    """
-    gradients, dtype, device = (
-        torch.is_grad_enabled(),
-        torch.get_default_dtype(),
-        torch.empty(0).device,
-    )
-    try:
-        yield
-    finally:
-        torch.set_grad_enabled(gradients)
-        torch.set_default_dtype(dtype)
-        if torch.empty(0).device != device:
-            torch.set_default_device(device)
-
-
-@contextmanager
 def directory_kept() -> Iterator[None]:
     """Return to the working directory, which such scripts change to find their files: the paths of
     a run may be relative. It belongs to all threads, so this must not wait for one that hangs.
@@ -169,7 +152,30 @@ def own_function(name: str) -> Reward:
         )
     if not callable(found):
         raise UserError(f"reward.functions: {name} is {found!r:.80}, which is not a function")
+    _check_call(name, found)
     return found
+
+
+def _check_call(name: str, function: Callable) -> None:
+    """UserError if a user's function does not take images and metadata, or answers later: other
+    trainers call theirs in other ways, and this would only be seen when a batch is drawn.
+    """
+    try:
+        inspect.signature(function).bind([], [])
+        problem = ""
+    except ValueError:  # some functions written in C have no signature
+        return
+    except TypeError as error:
+        problem = str(error)
+    if inspect.isclass(function):
+        problem = "it is a class: name an object of it, such as scorer = Scorer()"
+    elif inspect.iscoroutinefunction(function):
+        problem = "it is async: name a function that waits for it, with asyncio.run"
+    if problem:
+        raise UserError(
+            f"reward.functions: {name} is not a function that can be called with a list of images "
+            f"and a list of their metadata, and returns a number for each: {problem}"
+        )
 
 
 # -- GenEval ---------------------------------------------------------------------------------------

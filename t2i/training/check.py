@@ -24,6 +24,7 @@ from t2i.generation import parse_conditions
 from t2i.models.base import Backbone
 from t2i.models.families import find_family
 from t2i.progress import readable_size
+from t2i.pytorch_defaults import usual_defaults
 from t2i.sampling import check_counts, check_whole
 from t2i.sources import check_named
 from t2i.tensorar.model import TensorAR
@@ -118,6 +119,7 @@ def sheet_prompts(config: TrainConfig) -> list[str]:
 
 
 # -- the report ------------------------------------------------------------------------------------
+@usual_defaults()
 def check(
     config: TrainConfig,
     world_size: int = 1,

@@ -13,6 +13,7 @@ from t2i.errors import Stopped, UserError
 from t2i.launcher import handling, stop_signals
 from t2i.processes import peak_gb
 from t2i.progress import progress_bar
+from t2i.pytorch_defaults import usual_defaults
 from t2i.training import run_state
 from t2i.training.config import TrainConfig
 from t2i.training.engine import start_processes
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 _ONE_REQUEST_SECONDS = 2.0
 
 
+@usual_defaults()
 def train(config: TrainConfig, kind: type[Run] = Run) -> Path:
     """Start or resume a run of this kind; returns its last checkpoint folder.
 
