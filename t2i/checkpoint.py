@@ -57,6 +57,11 @@ S = TypeVar("S", bound="DataclassInstance")
 _BACKBONE = "backbone.safetensors"
 
 
+_MERGE = (
+    "add adapters to the weights with t2i.lora.merge_lora(model.backbone), and give tuning='full'"
+)
+
+
 def save_pretrained(
     model: TensorAR,
     folder: str | Path,
@@ -97,6 +102,16 @@ def save_pretrained(
         raise UserError(
             "this backbone was not loaded by load_backbone, so a checkpoint could not name its base; "
             "load it with load_backbone(family, source)"
+        )
+    if tuning == "lora" and model.backbone.lora is None:
+        raise UserError(
+            "tuning='lora' stores the adapters of a run with --tuning lora, and this model has none "
+            f"of these: {_MERGE}"
+        )
+    if tuning != "lora" and any(".base_layer." in n for n, _ in model.backbone.named_parameters()):
+        raise UserError(
+            f"this model has adapters, which tuning={tuning!r} would leave out: give tuning='lora' "
+            f"if they are those of a run; otherwise, {_MERGE}"
         )
     refuse_replacing(Path(folder))
     with new_checkpoint(Path(folder)) as partial:

@@ -45,6 +45,15 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
         is_folder = folder.is_dir()
     if not is_folder:
         hint = nearest_path(folder)
+        if (
+            not hint
+            and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder))
+            and not folder.parent.exists()
+        ):
+            hint = (
+                "; one on the hub is fetched first, and its folder given: hf download "
+                f"{folder} prints it, and so does huggingface_hub.snapshot_download in Python"
+            )
         if str(folder) in shipped_bases():
             hint = "; that is a shipped base, but a trained model is needed here"
         raise UserError(f"checkpoint folder {folder} {no_folder(folder)}{hint}")

@@ -81,8 +81,7 @@ def check_types(settings: "DataclassInstance", part: str = "") -> None:
     hints = _hints(type(settings))
     for name in (own.name for own in fields(settings)):
         value, hint = getattr(settings, name), hints[name]
-        if isinstance(value, Real) and not isinstance(value, int | float):  # of numpy
-            value = python_number(value)
+        value = _of_python(value)
         is_nan = isinstance(value, float) and value != value
         if not (is_nan and _fits(0.0, hint)):
             value = _converted(value, hint, part + name)
@@ -97,8 +96,16 @@ def python_number(value: Real) -> int | float:
     return operator.index(value) if isinstance(value, Integral) else float(value)
 
 
+def _of_python(value: object) -> object:
+    """The value; a number of numpy's as Python's."""
+    if isinstance(value, Real) and not isinstance(value, int | float):
+        return python_number(value)
+    return value
+
+
 def _converted(value: object, hint: object, where: str) -> object:
     """The value converted to its type: JSON has no tuples, paths or dataclasses."""
+    value = _of_python(value)
     kinds = (hint, *get_args(hint))
     if isinstance(value, list) and any(get_origin(kind) is tuple for kind in kinds):
         value = tuple(value)

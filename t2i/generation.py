@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i.errors import UserError
 from t2i.models.base import Backbone
@@ -215,6 +215,13 @@ def check_request(
         raise UserError(
             "generate needs a TensorAR model, but got a plain backbone: "
             "wrap it in t2i.attach(backbone, t2i.presets.base())"
+        )
+    if isinstance(model, nn.Module) and any(
+        isinstance(m, TensorAR) for m in [*model.modules()][1:]
+    ):
+        raise UserError(
+            f"generate needs the model itself, which is inside of this {type(model).__name__}: "
+            "keep it under a name of its own, and give that"
         )
     if not isinstance(model, TensorAR):
         raise UserError(

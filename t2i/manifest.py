@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from t2i.errors import UserError, no_folder, shorten
 from t2i.fields import read_object
 from t2i.files import file_sha256, write_json
+from t2i.lfs import refuse_pointers
 from t2i.published import remembered_sha256
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ def check_files(folder: Path, *, with_state: bool, contents: bool) -> None:
         if not _is_inside(path, folder):
             what = f"is not within the checkpoint folder: its {MANIFEST} or a link points outside"
         elif not path.is_file() or path.stat().st_size != size:
+            refuse_pointers(path)
             what = f"is missing or does not have the {size} bytes that the manifest states"
         elif contents and sha256 is not None and remembered_sha256(path) != sha256:
             what = "is damaged: its SHA-256 is not the one in the manifest"

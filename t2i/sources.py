@@ -14,6 +14,7 @@ from typing import Any
 from t2i.errors import UserError, nearest_path
 from t2i.fields import read_object
 from t2i.files import namesake
+from t2i.lfs import refuse_pointers
 from t2i.manifest import other_kind
 from t2i.models.families import FAMILIES, Family, find_family
 from t2i.published import asking_hub, fetch_model, hub_is_away, remembered_sha256
@@ -308,8 +309,10 @@ def prove(files: BackboneSource, *, weights: bool = True) -> None:
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
         if found != expected:
+            place = Path(getattr(files, name) or files.weights)
+            refuse_pointers(*(place.iterdir() if place.is_dir() else [place]))
             raise UserError(
-                f"{getattr(files, name) or files.weights} is not the {file.what} that the "
+                f"{place} is not the {file.what} that the "
                 f"checkpoint was trained on (its SHA-256 differs); {file.option} names another"
             )
 

@@ -11,7 +11,9 @@ import t2i
 from t2i.errors import UserError
 from t2i.evaluation.fid.image_sets import NpzImages
 from t2i.evaluation.generation_folder import load_image
+from t2i.export_folder import export
 from t2i.fields import read_object
+from t2i.model_options import ExportOptions
 from t2i.training.loop import train
 
 NAMED = r"is a Git LFS pointer, not the file: run `git lfs pull` there"
@@ -65,6 +67,21 @@ def test_the_tokenizer_of_a_janus(tiny_world, tmp_path):
     pointer(base / "tokenizer.json")
     with pytest.raises(UserError, match=rf"tokenizer.json {NAMED}"):
         t2i.load_backbone("janus", base)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tensorar/codec.safetensors", "model.pt", "tokenizer.safetensors"),
+        *("text_encoder/model.safetensors", "text_encoder/tokenizer.json"),
+    ],
+)
+def test_files_of_an_export(shapes_ckpt, tmp_path, name):
+    """What a clone of a model on the hub has; they were called changed, or cut short."""
+    out = export(ExportOptions(shapes_ckpt, tmp_path / "out"))
+    pointer(out / name)
+    with pytest.raises(UserError, match=rf"{name} {NAMED}"):
+        t2i.from_pretrained(out)
 
 
 @pytest.mark.parametrize("read", [NpzImages, load_image, read_object])

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_llamagen, tiny_open_magvit2, tiny_rar
-from peft import PeftModel
+from peft import LoraConfig as PeftSettings
+from peft import PeftModel, inject_adapter_in_model
 from PIL import Image
 
 import geneval
@@ -28,7 +29,7 @@ from t2i.evaluation.generation_folder import sample_file, write_prompt
 from t2i.evaluation.runner import evaluate
 from t2i.imaging import save_png
 from t2i.loading import pick_device
-from t2i.lora import add_lora, load_adapter, save_adapter
+from t2i.lora import add_lora, load_adapter, merge_lora, save_adapter
 from t2i.reward.reward_options import RewardOptions
 from t2i.sampling import DrawOptions
 from t2i.shapes.shapes_detector import ShapesDetector
@@ -227,6 +228,10 @@ def test_settings_take_what_means_the_same():
     assert OptimOptions(codec_lr=np.float64(0.5), warmup_steps=np.int64(3)) == OptimOptions(
         codec_lr=0.5, warmup_steps=3
     )
+    given = {"steps": np.int64(3), "optim": {"codec_lr": np.float32(0.5)}}
+    assert t2i.recipe("shapes-tuned", given) == t2i.recipe(
+        "shapes-tuned", {"steps": 3, "optim.codec_lr": 0.5}
+    )
 
 
 def test_numpy_numbers_in_settings_can_be_stored():
@@ -264,6 +269,33 @@ def test_images_do_not_depend_on_torchs_default_dtype(make, dtype):
     assert np.array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_model_is_called_that(model, wrap):
+    with pytest.raises(
+        t2i.UserError, match=r"the model itself, which is inside of this (Opt|DataPar)"
+    ):
+        t2i.generate(wrap(model), [1])
+
+
+def test_adapters_are_not_lost_when_a_model_is_saved(tmp_path):
+    """A checkpoint of the whole model held the weights without them, and drew other images."""
+    backbone = t2i.load_backbone("llamagen", "shapes")
+    model = t2i.attach(backbone, t2i.presets.iclr2026(k=2))
+    with pytest.raises(t2i.UserError, match=r"and this model has none of these: add .*merge_lora"):
+        t2i.save_pretrained(model, tmp_path / "a", tuning="lora")
+    adapters = PeftSettings(r=2, target_modules=["wqkv", "wo"], init_lora_weights=False)
+    inject_adapter_in_model(adapters, backbone)
+    drawn = t2i.generate(model, ["a red circle"], progress=False)
+    for tuning, words in (("full", "tuning='full' would leave"), ("lora", "this model has none")):
+        with pytest.raises(t2i.UserError, match=words):
+            t2i.save_pretrained(model, tmp_path / "a", tuning=tuning)
+    assert not (tmp_path / "a").exists()
+    merge_lora(backbone)
+    saved = t2i.from_pretrained(t2i.save_pretrained(model, tmp_path / "a", tuning="full"))
+    again = t2i.generate(saved, ["a red circle"], progress=False)
+    assert np.abs(np.asarray(again[0], int) - np.asarray(drawn[0], int)).mean() < 1
+
+
 def test_generate_refuses_a_backbone_and_labels_for_captions():
     with pytest.raises(t2i.UserError, match=r"t2i.attach\(backbone, t2i.presets.base\(\)\)"):
         t2i.generate(tiny_rar(), [1])
@@ -290,6 +322,7 @@ def test_generate_refuses_a_backbone_and_labels_for_captions():
         (lambda: t2i.load_backbone("rar", "shapes", config={"dim": 3}), "config .*RARConfig"),
         (lambda: t2i.load_backbone("rar", "shapes", config=(16,)), r"or a grid .*is \(16,\)"),
         (lambda: t2i.from_pretrained("shapes"), "does not exist"),
+        (lambda: t2i.from_pretrained("owner/name"), "exist; one on the hub is fetched first"),
         (lambda: t2i.from_pretrained(None), "folder is None: give a path or a name"),
         (lambda: t2i.load_model(None), "source is None: give a path or a name"),
         (lambda: t2i.load_backbone("rar", 3), "source is 3: give a path or a name"),
