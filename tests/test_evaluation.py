@@ -235,7 +235,7 @@ def spoil(path: Path, how: str) -> None:
         ),
         ("00001/samples/00001.png", "truncate", ["1 of 8 images cannot be judged", "00001.png"]),
         ("00001/samples/00001.png", "text", ["1 of 8 images cannot be judged", "00001.png"]),
-        ("00002/metadata.jsonl", "remove", ["00002/metadata.jsonl cannot be read"]),
+        ("00002/metadata.jsonl", "remove", ["00002 has no metadata.jsonl, which would say"]),
         ("00002/metadata.jsonl", "text", ["00002/metadata.jsonl cannot be read"]),
     ],
 )
@@ -438,6 +438,8 @@ def test_only_comparable_folders_are_compared(images, tmp_path):
     for index in (0, 1):
         save_png(Image.new("RGB", (8, 8), "white"), images / f"{index:05d}/samples/00000.png")
     evaluate(Bright(), tmp_path / "b", images=images, scope=SCOPE)
+    with pytest.raises(UserError, match=r"results.json holds .*a file: give its folder, .*a\)$"):
+        compare_folders(tmp_path / "a" / "results.json", tmp_path / "b", groups_of)
     text = compare_folders(tmp_path / "a", tmp_path / "b", groups_of)
     assert "| **overall** | 0.50 | 0.75 | +0.25 | 0.12 | +0.00 to +0.50 | 4 |" in text
     for index in range(4):

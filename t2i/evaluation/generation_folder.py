@@ -267,6 +267,8 @@ def take_inventory(
 def _metadata_problem(folder: Path, entry: dict) -> tuple[str, bool] | None:
     """What is wrong with a folder's metadata, and whether they are another prompt's."""
     path = folder / "metadata.jsonl"
+    if not path.exists():
+        return f"{folder.name} has no metadata.jsonl, which would say its prompt", False
     try:
         known = read_json(path)
     except UserError as error:

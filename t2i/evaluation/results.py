@@ -137,7 +137,8 @@ def read_results(out: Path) -> dict:
     try:
         results = read_object(out / RESULTS_FILE)
     except UserError as error:
-        raise UserError(f"{out} holds no finished results ({error})") from error
+        what = f"it is a file: give its folder, {out.parent}" if out.is_file() else error
+        raise UserError(f"{out} holds no finished results ({what})") from error
     kinds = {"benchmark": str, "label": str, "decimals": int, "scores": dict, "judge": dict}
     kinds |= {"images": str, "status": str}
     wrong = [name for name, kind in kinds.items() if type(results.get(name)) is not kind]
