@@ -30,6 +30,7 @@ from launch import train_llamagen
 from t2i.files import read_json_lines
 from t2i.processes import ALONE, Processes
 from t2i.pytorch_defaults import defaults_kept
+from t2i.reward.rewards import directory_kept
 from t2i.rng import make_keys, uniforms
 from t2i.shapes.shapes_source import write_dataset
 from t2i.training.batches import TrainingData, noise_and_drop
@@ -118,7 +119,7 @@ def test_a_run_in_a_notebook_that_changed_pytorchs_defaults(tiny_world, plain, c
     error; another type trained other weights.
     """
     config = tiny_run(tiny_world, changed.replace(" ", "-"))
-    with defaults_kept(), torch.inference_mode(changed == "inference mode"):
+    with defaults_kept(), directory_kept(), torch.inference_mode(changed == "inference mode"):
         if changed == "everything":
             reward_functions.changes_defaults([], [])
         before = torch.get_default_dtype(), torch.empty(0).device, torch.is_grad_enabled()
