@@ -55,8 +55,6 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="DataclassInstance")
 
 _BACKBONE = "backbone.safetensors"
-
-
 _MERGE = (
     "add adapters to the weights with t2i.lora.merge_lora(model.backbone), and give tuning='full'"
 )

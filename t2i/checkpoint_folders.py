@@ -45,11 +45,8 @@ def read_config(folder: str | Path, *, with_state: bool = False, contents: bool 
         is_folder = folder.is_dir()
     if not is_folder:
         hint = nearest_path(folder)
-        if (
-            not hint
-            and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder))
-            and not folder.parent.exists()
-        ):
+        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not folder.parent.exists()
+        if on_hub and not hint:
             hint = (
                 "; one on the hub is fetched first, and its folder given: hf download "
                 f"{folder} prints it, and so does huggingface_hub.snapshot_download in Python"

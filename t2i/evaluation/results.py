@@ -82,11 +82,16 @@ class Coverage:
                 f"{shorten(self.unreadable, '; ')}; replace them, or report the rest as INCOMPLETE "
                 "with --allow-incomplete (finished verdicts are kept)"
             )
-        if self.copies:
-            log.warning(
-                f"{self.copies:,} of {self.judged:,} images are copies of others, as if the seed were "
-                "set again for each: the scores rest on fewer images"
-            )
+        warn_of_copies(self.copies, self.judged)
+
+
+def warn_of_copies(copies: int, images: int) -> None:
+    """Warn if some of the images that are scored are copies of others."""
+    if copies:
+        log.warning(
+            f"{copies:,} of {images:,} images are copies of others, as if the seed were set again for "
+            "each: the scores rest on fewer images"
+        )
 
 
 def versions() -> dict[str, str]:

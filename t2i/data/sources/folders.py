@@ -247,8 +247,8 @@ class MetadataFolder(Source):
             if path is not None and not os.path.lexists(self._folder / name):
                 yield (
                     f"{printable(name)} is not there, but {name_in(self._folder, path)} is: names in "
-                    f"{self._metadata[0].name} are relative to its folder, have / between folders, and end as the "
-                    "file does (.JPG is not .jpg)"
+                    f"{self._metadata[0].name} are relative to its folder, have / between folders, "
+                    "and end as the file does (.JPG is not .jpg)"
                 )
                 return
 

@@ -233,9 +233,9 @@ def _find_in_folder(folder: Path, split: str) -> _Found:
         why = "splits are sub-folders of it with plain names, such as train and val"
     if named:
         alone = f"give {where / (of_split or named)[0]} to use it alone"
-        for name in (name for name in tables if where / name in data):
+        if table := next((name for name in tables if where / name in data), None):
             # Without it, there would be no captions.
-            alone = f"leave the others out of {name} to use one alone"
+            alone = f"leave the others out of {table} to use one alone"
         found.remarks.append(
             f"all sub-folders of {where} are used ({', '.join(map(printable, sorted(parts)))}), "
             f"since {why}; {alone}"

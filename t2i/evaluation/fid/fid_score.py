@@ -49,7 +49,7 @@ from t2i.evaluation.fid.measures import (
     frechet_distance,
     inception_score,
 )
-from t2i.evaluation.results import markdown_table, versions
+from t2i.evaluation.results import markdown_table, versions, warn_of_copies
 from t2i.files import file_sha256, read_json
 from t2i.progress import progress_bar
 from t2i.rng import integers, make_keys
@@ -112,7 +112,7 @@ def _extract_all(
     images: ImageSet, network: Inception, batch_size: int, description: str
 ) -> tuple[InceptionFeatures, dict]:
     """Features of all images, and facts about these: "sizes" [width, height], the smallest and the
-    largest, or the only one; "distinct", how many differ; and the SHA-256 of all, in order.
+    largest, or the only one; "distinct", how many differ; and a SHA-256 of all, in order.
     """
     device = network.fc.weight.device
     kind = {"device": device, "dtype": torch.float32}
@@ -123,9 +123,9 @@ def _extract_all(
     with progress_bar(total=images.count, desc=description, unit=" images") as bar:
         for batch in images.batches(batch_size):
             for image in batch:
-                content = str(image.shape).encode() + image.tobytes()
-                digest.update(content)
-                distinct.add(hashlib.sha256(content).digest())
+                own = hashlib.sha256(str(image.shape).encode() + image.tobytes()).digest()
+                digest.update(own)
+                distinct.add(own)
                 sizes.add((image.shape[1], image.shape[0]))
             part = slice(done, done + len(batch))
             pool[part], spatial[part] = extract(network, batch)
@@ -223,11 +223,7 @@ def score_images(
     _warn_of_sizes(measured.about["sizes"], against.about.get("sizes"))
     if measured.about["pixels_sha256"] == against.about.get("pixels_sha256"):
         log.warning(f"{samples} and {reference} hold the same images, so these scores say nothing")
-    if copies := images.count - measured.about["distinct"]:
-        log.warning(
-            f"{samples}: {copies:,} of {images.count:,} images are copies of others, as if the seed "
-            "were set again for each: the scores rest on fewer images"
-        )
+    warn_of_copies(images.count - measured.about["distinct"], images.count)
     by_order = _inception_scores(measured.features, network.fc.weight)
     order = "file" if images.kind == "npz" else "shuffled"
     scores = {"inception_score": by_order[order]["mean"], **_compare(measured, against)}
